@@ -1,0 +1,144 @@
+"""What a pruning run is asked to do: frozen dataclasses that validate themselves."""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from barber_jax.errors import BarberError
+
+Method = Literal["magnitude", "wanda"]
+Granularity = Literal["block", "layer", "output1", "input1"]
+Metric = Literal["wd", "w", "d"]
+ComputeDtype = Literal["float32", "bfloat16", "float16"]
+
+PUBLISHED: dict[str, tuple[Granularity, float]] = {
+    "magnitude": ("block", 0.1),
+    "wanda": ("output1", 0.01),
+}
+"""Starting criterion -> granularity and alpha as published (arXiv 2408.10631, table of settings)."""
+
+
+@dataclass(frozen=True)
+class SparsityPattern:
+    """Where zeros may lie: anywhere (`unstructured`), or `keep` kept in each group of `of` consecutive inputs.
+
+    Attributes:
+        sparsity: fraction of weights pruned, in [0, 1).
+        keep, of: N and M of an N:M pattern; 0 for unstructured.
+    """
+
+    sparsity: float
+    keep: int = 0
+    of: int = 0
+
+    @classmethod
+    def parse(cls, pattern: str, sparsity: float | None) -> "SparsityPattern":
+        """From the command line's `--pattern` and `--sparsity` (None: not given).
+
+        Raises:
+            BarberError: an unknown pattern, N > M, a sparsity outside [0, 1) or in conflict with N:M.
+        """
+        if sparsity is not None and not 0 <= sparsity < 1:  # NaN fails this too
+            raise BarberError(f"--sparsity {sparsity:g} is outside [0, 1)")
+        if pattern == "unstructured":
+            return cls(0.5 if sparsity is None else sparsity)
+        found = re.fullmatch(r"(\d+):(\d+)", pattern)
+        if not found:
+            raise BarberError(f"--pattern {pattern!r} is neither 'unstructured' nor N:M such as 2:4")
+        keep, of = int(found[1]), int(found[2])
+        if not 1 <= keep <= of:
+            raise BarberError(f"--pattern {pattern}: keeping N of every M inputs needs 1 <= N <= M")
+        implied = 1 - keep / of
+        if sparsity is not None and not math.isclose(sparsity, implied, abs_tol=1e-6):
+            raise BarberError(f"--sparsity {sparsity:g} conflicts with --pattern {pattern}, which means {implied:g}")
+        return cls(implied, keep, of)
+
+    @property
+    def structured(self) -> bool:
+        """Whether it is N:M."""
+        return self.of > 0
+
+    def __str__(self) -> str:
+        return f"{self.keep}:{self.of}" if self.structured else "unstructured"
+
+    def check_inputs(self, inputs: int, name: str) -> None:
+        """Raise BarberError unless the groups of M fit a linear with that many inputs."""
+        if self.structured and inputs % self.of:
+            raise BarberError(f"--pattern {self}: {self.of} does not divide the {inputs} inputs of {name}")
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Prune a Hugging Face checkpoint and rebuild its mask (LLM-Barber, arXiv 2408.10631)."""
+
+    ckpt: str
+    """Checkpoint to prune: a Hugging Face folder, a Hub id, or a .gguf file."""
+    out: Path
+    """Folder to write: the pruned checkpoint, masks.safetensors and run.json."""
+    method: Method = "wanda"
+    """Criterion that gives the starting mask."""
+    sparsity: float | None = None
+    """Fraction of weights to prune, in [0, 1). Default 0.5, or what an N:M pattern means."""
+    pattern: str = "unstructured"
+    """'unstructured', or N:M to keep N of every M consecutive inputs, such as 2:4."""
+    rebuild: bool = True
+    """Rebuild the starting mask; without it the starting mask is the result."""
+    granularity: Granularity | None = None
+    """Group in which weights compete during the rebuild. Default as published: wanda output1, magnitude block."""
+    alpha: float | None = None
+    """Fraction of the mask outliers to swap, in [0, 1]. Default as published: wanda 0.01, magnitude 0.1."""
+    metric: Metric = "wd"
+    """Rebuild score: wd = |weight| x gradient (the paper's), w = |weight|, d = gradient."""
+    calibration: str = "c4"
+    """c4, wikitext2, ptb, a .txt/.jsonl/.parquet/.arrow file, a saved dataset folder, or .npy token ids."""
+    text_field: str = "text"
+    """Column that holds the text, for calibration and evaluation files with columns."""
+    samples: int = 128
+    """Calibration samples."""
+    length: int = 2048
+    """Tokens in each calibration sample."""
+    seed: int = 0
+    """Seed of the calibration sampling."""
+    batch: int = 8
+    """Calibration samples in a micro-batch: sets peak memory, changes no mask but by rounding."""
+    compute_dtype: ComputeDtype = "float32"
+    """Dtype of activations and matrix products; statistics are float32 whatever it is."""
+    overwrite: bool = False
+    """Replace --out if it exists."""
+    eval_text: Path | None = None
+    """After pruning, measure the result's perplexity on this text file (into run.json)."""
+    eval_dataset: Literal["wikitext2", "ptb", "c4"] | None = None
+    """After pruning, measure the result's perplexity on this dataset (into run.json)."""
+    eval_windows: int | None = None
+    """How many windows of --length tokens to evaluate. Default: all."""
+    verbose: bool = False
+    """More detail: a line for every sub-block."""
+
+    def __post_init__(self):
+        if self.granularity is None:
+            # N:M keeps its groups inside an output, so another published default does not apply there.
+            structured = self.sparsity_pattern.structured
+            object.__setattr__(self, "granularity", "output1" if structured else PUBLISHED[self.method][0])
+        if self.alpha is None:
+            object.__setattr__(self, "alpha", PUBLISHED[self.method][1])
+        if not 0 <= self.alpha <= 1:
+            raise BarberError(f"--alpha {self.alpha:g} is outside [0, 1]")
+        if self.rebuild and self.sparsity_pattern.structured and self.granularity != "output1":
+            raise BarberError(
+                f"--granularity {self.granularity}: --pattern {self.pattern} is rebuilt within outputs; use output1"
+            )
+        for option in ("samples", "length", "batch", "eval_windows"):
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise BarberError(f"--{option.replace('_', '-')} {value} must be at least 1")
+        if self.length < 2:
+            raise BarberError("--length 1 leaves no next token; use at least 2")
+        if self.eval_text and self.eval_dataset:
+            raise BarberError("--eval-text and --eval-dataset: give one of them")
+
+    @property
+    def sparsity_pattern(self) -> SparsityPattern:
+        """The pattern that --pattern and --sparsity mean together."""
+        return SparsityPattern.parse(self.pattern, self.sparsity)

@@ -1,0 +1,12 @@
+"""Starting criteria: which weights to prune before the mask is rebuilt.
+
+A criterion is one file here that defines `CRITERION`, and one line of `CRITERIA`.
+"""
+
+from barber_jax.criteria import magnitude, wanda
+from barber_jax.criteria.criterion import Criterion
+
+CRITERIA: dict[str, Criterion] = {
+    "magnitude": magnitude.CRITERION,
+    "wanda": wanda.CRITERION,
+}

@@ -1,0 +1,33 @@
+"""Wanda: weight times the norm of its input, compared within an output (Sun et al., arXiv 2306.11695, equation 1)."""
+
+import jax
+import jax.numpy as jnp
+
+from barber_jax import masks
+from barber_jax.config import SparsityPattern
+from barber_jax.criteria.criterion import Criterion
+
+
+def statistic(x: jax.Array) -> jax.Array:
+    """Sum of squares of every input over samples and tokens: [S, L, I] -> float32 [I]."""
+    return jnp.sum(jnp.square(x.astype(jnp.float32)), axis=(0, 1))
+
+
+def start(weight: jax.Array, squares: jax.Array, samples: int, pattern: SparsityPattern) -> jax.Array:
+    """Score |W_oi| * sqrt(mean over samples of the sum over tokens of X_si^2); in every output prune the floor(p * I)
+    lowest, or the lowest M-N of every group of M.
+
+    Args:
+        weight: float32 [O, I].
+        squares: float32 [I], `statistic` summed over all samples.
+
+    Returns:
+        bool [O, I], True = kept.
+    """
+    score = jnp.abs(weight) * jnp.sqrt(squares / samples)
+    if pattern.structured:
+        return masks.keep_n_of_m(score, pattern.keep, pattern.of)
+    return masks.keep_highest(score, int(weight.shape[1] * pattern.sparsity), masks.AXES["output1"])
+
+
+CRITERION = Criterion(statistic=statistic, start=start)

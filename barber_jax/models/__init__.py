@@ -1,0 +1,28 @@
+"""Model families in Flax NNX, found by Hugging Face's `model_type`."""
+
+from barber_jax.errors import BarberError
+from barber_jax.models import llama
+from barber_jax.models.family import Model
+
+FAMILIES = {"llama": (llama.build, "LlamaForCausalLM")}
+"""model_type -> (builder, the one architecture that it is)."""
+
+
+def build_model(config: dict, dtype) -> Model:
+    """The `Model` that a config.json describes, computing in `dtype`.
+
+    Raises:
+        BarberError: unknown model_type or architecture, a quantised checkpoint, or an unsupported entry.
+    """
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        raise BarberError(f"config.json: model_type {kind!r} is not supported (known: {', '.join(sorted(FAMILIES))})")
+    build, architecture = FAMILIES[kind]
+    for given in config.get("architectures") or [architecture]:
+        if given != architecture:
+            raise BarberError(f"config.json: architecture {given!r} is not supported, only {architecture}")
+    if config.get("quantization_config"):
+        raise BarberError(
+            "config.json: quantization_config: a quantised checkpoint cannot be pruned; give the original"
+        )
+    return build(config, dtype)

@@ -1,0 +1,172 @@
+"""What every decoder family shares: the shape of a block, attention, activations, and blocks as pure functions.
+
+Axis letters: S samples, L tokens, D hidden, F intermediate, H heads, K key-value heads, E head size.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Tap = Callable[[str, jax.Array], None]
+"""Called with an input's name and its value whenever a prunable linear is about to read it."""
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
+@dataclass(frozen=True)
+class SubBlock:
+    """One self-attention or MLP sub-block: what is rebuilt at a time.
+
+    Attributes:
+        name: the Flax submodule, `self_attn` or `mlp`.
+        linears: (linear, input) pairs in the order of their flat indices in a `block` comparison group. `linear` is
+            the path of the Flax module inside the block; linears that read the same activation share `input`.
+    """
+
+    name: str
+    linears: tuple[tuple[str, str], ...]
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Parameter paths of the prunable kernels, [in, out] each."""
+        return tuple(f"{linear}.kernel" for linear, _ in self.linears)
+
+
+class Block(nnx.Module):
+    """A decoder block that can be run one sub-block at a time.
+
+    For a sub-block f, hidden state h: x = enter(h) is f's real input, y = apply(x), and leave(h, y) the state after
+    it. Pre-norm families normalise in `enter`, post-norm families in `leave`.
+    """
+
+    def enter(self, sub: str, hidden: jax.Array) -> jax.Array:
+        """[S, L, D] hidden state -> [S, L, D] input of the sub-block."""
+        raise NotImplementedError
+
+    def apply(self, sub: str, x: jax.Array, tap: Tap | None = None) -> jax.Array:
+        """[S, L, D] input -> [S, L, D] output of the sub-block."""
+        return getattr(self, sub)(x, tap or (lambda name, value: None))
+
+    def leave(self, sub: str, hidden: jax.Array, y: jax.Array) -> jax.Array:
+        """Residual connection: [S, L, D] state before and sub-block output -> state after."""
+        return hidden + y
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A module without its parameters: hashable, so that jitted functions take it as a static argument.
+
+    Parameters travel as a flat dict, `self_attn.q_proj.kernel` -> array.
+    """
+
+    graphdef: nnx.GraphDef
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+
+    def bind(self, parameters: dict[str, jax.Array]) -> nnx.Module:
+        """The module with these parameters; for use inside a traced function."""
+        return nnx.merge(self.graphdef, nested(parameters))
+
+
+@dataclass(frozen=True)
+class BlockDefinition(Definition):
+    """A decoder block without its parameters."""
+
+    sub_blocks: tuple[SubBlock, ...]
+
+    def run(self, parameters: dict[str, jax.Array], hidden: jax.Array, tap: Tap | None = None) -> jax.Array:
+        """Whole block: [S, L, D] -> [S, L, D]."""
+        block = self.bind(parameters)
+        for sub in self.sub_blocks:
+            hidden = block.leave(sub.name, hidden, block.apply(sub.name, block.enter(sub.name, hidden), tap))
+        return hidden
+
+
+def define(make: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, tuple[tuple[str, tuple[int, ...]], ...]]:
+    """Graph definition and parameter shapes of the module that `make` builds, without allocating it."""
+    graphdef, state = nnx.split(nnx.eval_shape(make))
+    return graphdef, tuple(
+        (".".join(map(str, path)), leaf.get_value().shape) for path, leaf in nnx.to_flat_state(state)
+    )
+
+
+def nested(flat: dict[str, jax.Array]) -> dict:
+    """`{"a.b": x}` -> `{"a": {"b": x}}`; numbers become list positions' keys as Flax writes them."""
+    tree: dict = {}
+    for path, value in flat.items():
+        *parents, leaf = path.split(".")
+        node = tree
+        for key in parents:
+            node = node.setdefault(int(key) if key.isdigit() else key, {})
+        node[leaf] = value
+    return tree
+
+
+def linear(inputs: int, outputs: int, bias: bool, dtype, rngs: nnx.Rngs) -> nnx.Linear:
+    """A linear layer that computes in `dtype`, kernel [in, out]."""
+    return nnx.Linear(inputs, outputs, use_bias=bias, dtype=dtype, rngs=rngs)
+
+
+def rms_norm(size: int, epsilon: float, dtype, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    """RMSNorm with float32 statistics, output in `dtype`."""
+    return nnx.RMSNorm(size, epsilon=epsilon, dtype=dtype, rngs=rngs)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, window: int | None = None) -> jax.Array:
+    """Causal scaled dot-product attention with a float32 softmax.
+
+    Args:
+        q: [S, L, H, E]. k, v: [S, L, K, E], H a multiple of K.
+        scale: factor on the scores.
+        window: how many of the latest positions a query sees, itself included; None for all.
+
+    Returns:
+        [S, L, H * E].
+    """
+    span = None if window is None or window >= q.shape[1] else (window - 1, 0)
+    out = jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, local_window_size=span)
+    return out.reshape(*q.shape[:2], -1)
+
+
+class GatedMLP(nnx.Module):
+    """down(act(gate(x)) * up(x)), as LLaMA and its relatives have it."""
+
+    def __init__(self, hidden: int, intermediate: int, activation: str, bias: bool, dtype, rngs: nnx.Rngs):
+        self.gate_proj = linear(hidden, intermediate, bias, dtype, rngs)
+        self.up_proj = linear(hidden, intermediate, bias, dtype, rngs)
+        self.down_proj = linear(intermediate, hidden, bias, dtype, rngs)
+        self.activation = activation
+
+    def __call__(self, x: jax.Array, tap: Tap) -> jax.Array:
+        tap("mlp.in", x)
+        inner = ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x)
+        tap("mlp.mid", inner)
+        return self.down_proj(inner)
+
+
+class Decoder(nnx.Module):
+    """A whole causal language model: embed, blocks, head. For use where the model fits in memory as one."""
+
+    def __init__(self, embed: nnx.Module, layers: list[Block], head: nnx.Module, sub_blocks: tuple[SubBlock, ...]):
+        self.embed = embed
+        self.layers = nnx.List(layers)
+        self.head = head
+        self.order = tuple(sub.name for sub in sub_blocks)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """int32 [S, L] token ids -> float32 [S, L, vocabulary] logits."""
+        hidden = self.embed(ids)
+        for block in self.layers:
+            for sub in self.order:
+                hidden = block.leave(sub, hidden, block.apply(sub, block.enter(sub, hidden)))
+        return self.head(hidden).astype(jnp.float32)

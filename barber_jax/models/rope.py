@@ -1,0 +1,86 @@
+"""Rotary position embedding: which kind a configuration asks for, and how it is applied.
+
+Sources: RoFormer (arXiv 2104.09864) for the rotation; linear scaling (arXiv 2306.15595); llama3 scaling as released
+with Llama 3.1. Feature order is Hugging Face's: the two halves of a head rotate against each other.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from barber_jax.errors import BarberError
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary parameters. The last three are read for `llama3` only, `factor` also for `linear`."""
+
+    theta: float = 10000.0
+    kind: str = "default"
+    factor: float = 1.0
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    original_positions: int = 8192
+
+    @classmethod
+    def from_hf(cls, config: dict) -> "Rope":
+        """Read the old spelling (rope_theta, rope_scaling) or the new one (rope_parameters).
+
+        Raises:
+            BarberError: a rope type that is not default, linear or llama3, or a missing parameter.
+        """
+        # Transformers 5 moved theta into rope_parameters; files of both kinds, and mixtures, are about.
+        given = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+        theta = float(given.get("rope_theta") or config.get("rope_theta") or 10000.0)
+        kind = given.get("rope_type") or given.get("type") or "default"
+        partial = given.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+        if float(partial) != 1.0:
+            raise BarberError(f"config.json: partial_rotary_factor {partial} is not supported, only 1.0")
+        try:
+            if kind == "default":
+                return cls(theta)
+            if kind == "linear":
+                return cls(theta, kind, float(given["factor"]))
+            if kind == "llama3":
+                return cls(
+                    theta,
+                    kind,
+                    float(given["factor"]),
+                    float(given["low_freq_factor"]),
+                    float(given["high_freq_factor"]),
+                    int(given["original_max_position_embeddings"]),
+                )
+        except KeyError as missing:
+            raise BarberError(f"config.json: rope type {kind!r} needs {missing}") from None
+        raise BarberError(f"config.json: rope type {kind!r} is not supported (known: default, linear, llama3)")
+
+    def inverse_frequencies(self, head_size: int) -> np.ndarray:
+        """float32 [head_size / 2] radians per position."""
+        frequency = 1.0 / self.theta ** (np.arange(0, head_size, 2, dtype=np.float32) / np.float32(head_size))
+        frequency = frequency.astype(np.float32)
+        if self.kind == "linear":
+            return frequency / np.float32(self.factor)
+        if self.kind == "llama3":
+            return self._llama3(frequency)
+        return frequency
+
+    def _llama3(self, frequency: np.ndarray) -> np.ndarray:
+        # Short wavelengths stay, long ones are stretched by `factor`, those between are interpolated.
+        wavelength = 2 * math.pi / frequency
+        low, high = self.low_frequency_factor, self.high_frequency_factor
+        blend = (self.original_positions / wavelength - low) / (high - low)
+        between = (1 - blend) * frequency / self.factor + blend * frequency
+        out = np.where(wavelength > self.original_positions / low, frequency / self.factor, between)
+        return np.where(wavelength < self.original_positions / high, frequency, out).astype(np.float32)
+
+    def rotate(self, x: jax.Array) -> jax.Array:
+        """Rotate heads [S, L, H, E] by their positions 0..L-1."""
+        length, size = x.shape[1], x.shape[-1]
+        angle = np.arange(length, dtype=np.float32)[:, None] * self.inverse_frequencies(size)[None]
+        angle = jnp.concatenate([angle, angle], axis=-1)[None, :, None, :]
+        cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
+        first, second = jnp.split(x, 2, axis=-1)
+        return x * cos + jnp.concatenate([-second, first], axis=-1) * sin

@@ -1,0 +1,195 @@
+"""The one loop: for each block, load -> starting mask -> rebuild -> hand over -> propagate -> drop.
+
+Two streams of activations go through the model in one pass (DESIGN of the method): stream A is the model under the
+starting masks alone and gives each block its starting mask; stream B is the model as rebuilt so far and rebuilds it.
+The result is that of pruning the whole model first and rebuilding it afterwards, with each block read once.
+"""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from barber_jax import passes, rebuild
+from barber_jax.config import PruneConfig, SparsityPattern
+from barber_jax.convert.checkpoint import Checkpoint
+from barber_jax.convert.parameters import read_parameters, to_hf
+from barber_jax.criteria import CRITERIA
+from barber_jax.criteria.criterion import Criterion
+from barber_jax.models.family import Model
+from barber_jax.passes import Parameters
+from barber_jax.progress import Progress
+
+Masks = dict[str, jax.Array]
+
+
+@dataclass
+class BlockResult:
+    """What came of one block.
+
+    Attributes:
+        masks: Hugging Face weight name -> bool [out, in], True = kept.
+        weights: Hugging Face weight name -> the checkpoint's own array [out, in], in its dtype.
+        record: the block's entry in run.json.
+    """
+
+    masks: dict[str, np.ndarray]
+    weights: dict[str, np.ndarray]
+    record: dict
+
+
+@dataclass
+class Stopwatch:
+    """Seconds spent in each stage of one block."""
+
+    progress: Progress
+    block: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage; what it computes must be ready when it ends."""
+        self.progress.stage(self.block, name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@partial(jax.jit, static_argnames=("criterion", "samples", "pattern"))
+def start_mask(
+    criterion: Criterion, kernel: jax.Array, statistic: jax.Array | None, samples: int, pattern: SparsityPattern
+) -> jax.Array:
+    """Starting mask bool [out, in] of one kernel [in, out]."""
+    return criterion.start(kernel.T.astype(jnp.float32), statistic, samples, pattern)
+
+
+class _Run:
+    """What stays the same from block to block; see `prune_blocks`."""
+
+    def __init__(self, checkpoint: Checkpoint, model: Model, ids: np.ndarray, config: PruneConfig, progress: Progress):
+        self.checkpoint, self.model, self.config, self.progress = checkpoint, model, config, progress
+        self.criterion = CRITERIA[config.method]
+        self.pattern = config.sparsity_pattern
+        self.block = model.block()
+        self.samples = len(ids)
+        self.ids = passes.micro_batches(ids, config.batch)
+
+    def __iter__(self) -> Iterator[BlockResult]:
+        embed = {k: jnp.asarray(v) for k, v in read_parameters(self.checkpoint, self.model.names.embed).items()}
+        hidden = passes.embed(self.model.embed(), embed, self.ids)
+        del embed
+        # Magnitude needs no stream A, a run without rebuild no stream B.
+        stream_a = hidden if self.criterion.statistic else None
+        stream_b = (hidden.copy() if stream_a is not None else hidden) if self.config.rebuild else None
+        del hidden
+        with ThreadPoolExecutor(1) as reader:
+            ahead = reader.submit(self._read, 0)
+            for index in range(self.model.layers):
+                watch = Stopwatch(self.progress, index)
+                with watch.stage("read"):
+                    tensors = ahead.result()
+                    if index + 1 < self.model.layers:
+                        ahead = reader.submit(self._read, index + 1)
+                    dense = {path: jnp.asarray(value) for path, value in tensors.items()}
+                with watch.stage("start"):
+                    masks = jax.block_until_ready(self._start(dense, stream_a))
+                if stream_a is not None:
+                    last = index + 1 == self.model.layers
+                    with watch.stage("propagate"):
+                        stream_a = None if last else passes.propagate(self.block, dense, masks, stream_a)
+                        jax.block_until_ready(stream_a)
+                subs = []
+                if stream_b is not None:
+                    masks, stream_b, subs = self._rebuild(dense, masks, stream_b, watch)
+                yield self._result(index, tensors, masks, subs, watch)
+
+    def _read(self, index: int) -> dict[str, np.ndarray]:
+        return read_parameters(self.checkpoint, self.model.names.of_block(index))
+
+    def _start(self, dense: Parameters, stream: jax.Array | None) -> Masks:
+        seen = {}
+        if stream is not None:
+            seen = passes.statistics(self.block, self.criterion.statistic, dense, stream)
+        return {
+            f"{linear}.kernel": start_mask(
+                self.criterion, dense[f"{linear}.kernel"], seen.get(entering), self.samples, self.pattern
+            )
+            for sub in self.model.sub_blocks
+            for linear, entering in sub.linears
+        }
+
+    def _rebuild(
+        self, dense: Parameters, masks: Masks, stream: jax.Array, watch: Stopwatch
+    ) -> tuple[Masks, jax.Array, list[dict]]:
+        rebuilt, records = {}, []
+        for sub in self.model.sub_blocks:
+            own = {path: masks[path] for path in sub.kernels}
+            with watch.stage(f"{sub.name} gradient"):
+                found = rebuild.importance(self.block, sub, dense, own, stream)
+                importance, before, target = jax.block_until_ready(found)
+            with watch.stage(f"{sub.name} swap"):
+                new, revived = rebuild.swap_masks(
+                    sub,
+                    {path: dense[path] for path in sub.kernels},
+                    importance,
+                    own,
+                    jnp.float32(self.config.alpha),
+                    metric=self.config.metric,
+                    granularity=self.config.granularity,
+                    pattern=self.pattern,
+                )
+                swaps = {path: int(count) for path, count in revived.items()}
+            with watch.stage(f"{sub.name} propagate"):
+                stream, after = jax.block_until_ready(rebuild.advance(self.block, sub, dense, new, target, stream))
+            rebuilt.update(new)
+            records.append({"loss_before": float(before), "loss_after": float(after), "swaps": swaps})
+        return rebuilt, stream, records
+
+    def _result(
+        self, index: int, tensors: dict[str, np.ndarray], masks: Masks, rebuilt: list[dict], watch: Stopwatch
+    ) -> BlockResult:
+        names = self.model.kernel_names(index)
+        kept = {path: np.asarray(mask) for path, mask in masks.items()}
+        subs = []
+        for place, sub in enumerate(self.model.sub_blocks):
+            entry = dict(rebuilt[place]) if rebuilt else {}
+            swaps = entry.pop("swaps", None)
+            matrices = {
+                names[path]: {"size": kept[path].size, "pruned": int(kept[path].size - np.count_nonzero(kept[path]))}
+                | ({"revived": swaps[path]} if swaps else {})
+                for path in sub.kernels
+            }
+            size = sum(matrix["size"] for matrix in matrices.values())
+            entry["sparsity"] = sum(matrix["pruned"] for matrix in matrices.values()) / size
+            if swaps:
+                entry["swaps"] = sum(swaps.values())
+            subs.append({"name": sub.name, **entry, "matrices": matrices})
+        record = {"block": index, "sub_blocks": subs, "seconds": watch.seconds}
+        return BlockResult(
+            {names[path]: mask for path, mask in kept.items()},
+            {names[path]: to_hf(path, tensors[path]) for path in names},
+            record,
+        )
+
+
+def prune_blocks(
+    checkpoint: Checkpoint, model: Model, ids: np.ndarray, config: PruneConfig, progress: Progress
+) -> Iterator[BlockResult]:
+    """Prune a checkpoint's blocks in order, one in memory at a time.
+
+    Args:
+        checkpoint, model: what to prune; tensors already checked.
+        ids: int32 [S, L] calibration tokens.
+        config: the options.
+        progress: told of every stage.
+
+    Raises:
+        BarberError: a tensor is damaged.
+    """
+    return iter(_Run(checkpoint, model, ids, config, progress))

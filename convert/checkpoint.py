@@ -1,0 +1,89 @@
+"""The lazy view of a checkpoint that every reader gives: configuration at once, tensors one by one when asked for.
+
+Names, shapes and configuration are Hugging Face's whatever the file format, so nothing downstream knows formats.
+"""
+
+import abc
+import math
+from pathlib import Path
+
+import numpy as np
+
+from barber_jax.errors import BarberError
+
+
+class Checkpoint(abc.ABC):
+    """A checkpoint opened for reading.
+
+    Attributes:
+        location: what the user called it, for messages.
+        config: the content of Hugging Face's config.json.
+        files: Hugging Face tensor name -> name of the safetensors file that holds it in an exported folder.
+    """
+
+    location: str
+    config: dict
+    files: dict[str, str]
+
+    @abc.abstractmethod
+    def names(self) -> list[str]:
+        """Every tensor's Hugging Face name."""
+
+    @abc.abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+
+    @abc.abstractmethod
+    def dtype(self, name: str) -> np.dtype:
+        """NumPy (ml_dtypes) dtype of a tensor, without reading it."""
+
+    @abc.abstractmethod
+    def fetch(self, name: str) -> np.ndarray:
+        """Read one tensor from disk. Raises BarberError naming the file if it is damaged."""
+
+    @abc.abstractmethod
+    def tokenizer(self):
+        """The model's `transformers` tokenizer. Raises BarberError when there is none."""
+
+    @abc.abstractmethod
+    def save_tokenizer(self, folder: Path) -> None:
+        """Put the tokenizer's files and the small configuration files that go with the model into `folder`.
+
+        config.json is not among them. A checkpoint without a tokenizer writes nothing.
+        """
+
+    def size(self, name: str) -> int:
+        """Number of elements of a tensor."""
+        return math.prod(self.shape(name))
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, refused if it holds NaN or Inf."""
+        value = self.fetch(name)
+        if not np.isfinite(value).all():
+            raise BarberError(f"{self.location}: tensor {name} holds NaN or Inf; the checkpoint is damaged")
+        return value
+
+
+def open_checkpoint(spec: str) -> Checkpoint:
+    """Open a local Hugging Face folder, a .gguf file, or a Hub id.
+
+    Raises:
+        BarberError: nothing of the kind exists there, or it is damaged.
+    """
+    path = Path(spec).expanduser()
+    if path.suffix == ".gguf" or (path.is_file() and _starts_with(path, b"GGUF")):
+        from barber_jax.convert.gguf_file import GGUFCheckpoint
+
+        return GGUFCheckpoint(path)
+    from barber_jax.convert.hf_folder import HFFolder, download
+
+    if path.is_dir():
+        return HFFolder(path)
+    if path.exists():
+        raise BarberError(f"{spec}: neither a checkpoint folder nor a .gguf file")
+    return HFFolder(download(spec), location=spec)
+
+
+def _starts_with(path: Path, magic: bytes) -> bool:
+    with open(path, "rb") as handle:
+        return handle.read(len(magic)) == magic

@@ -1,0 +1,155 @@
+"""Writing a pruned checkpoint: Hugging Face folder and mask file, tensor by tensor, under a temporary name till done."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from barber_jax.convert.checkpoint import Checkpoint
+from barber_jax.convert.hf_folder import INDEX, WEIGHTS
+from barber_jax.convert.mask_file import mask_metadata, pack, packed_length
+from barber_jax.convert.safetensors_writer import SafetensorsWriter
+from barber_jax.errors import BarberError
+
+MASKS = "masks.safetensors"
+RUN = "run.json"
+
+
+def check_destination(out: Path, overwrite: bool, inputs: Iterable[Path]) -> None:
+    """Refuse, before any work, a folder that must not be written.
+
+    Args:
+        out: the folder to create.
+        overwrite: whether a folder there may be replaced.
+        inputs: files and folders that the run reads.
+
+    Raises:
+        BarberError: it exists and may not be replaced, or lies in, is, or holds an input.
+    """
+    out = out.expanduser().resolve()
+    for given in inputs:
+        path = given.expanduser()
+        if not path.exists():
+            continue
+        path = path.resolve()
+        if out == path or path in out.parents:
+            raise BarberError(f"--out {out} is or lies inside {given}, which the run reads; choose another folder")
+        if out in path.parents:
+            raise BarberError(f"--out {out} holds {given}, which the run reads; choose another folder")
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise BarberError(f"--out {out} is a file; choose another name")
+    if not overwrite:
+        raise BarberError(f"--out {out} exists; give --overwrite to replace it or choose another folder")
+    if any(out.iterdir()) and not (out / RUN).exists():
+        raise BarberError(f"--out {out} is not the result of an earlier run, so --overwrite will not delete it")
+
+
+class FolderWriter:
+    """A checkpoint folder in the making; a context manager that removes what is unfinished.
+
+    Tensors keep the source's dtype and shard layout. The folder has its final name only after `publish`.
+
+    Args:
+        out: the folder's final name.
+        source: where names, dtypes, layout, configuration and tokenizer come from.
+        pruned: names of the weights that get a mask.
+        pattern, sparsity: for the mask file's header.
+
+    Raises:
+        BarberError: nothing can be written there.
+    """
+
+    def __init__(self, out: Path, source: Checkpoint, pruned: list[str], pattern: str, sparsity: float):
+        self.out = out.expanduser().resolve()
+        self.folder = self.out.with_name(self.out.name + ".partial")
+        self._source = source
+        with writing(self.folder):
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            # Left by a run that was killed: nobody else writes that name.
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir()
+        self._open = contextlib.ExitStack()
+        try:
+            self._files = {
+                file: self._open.enter_context(self._shard(file)) for file in sorted(set(source.files.values()))
+            }
+            shapes = {name: source.shape(name) for name in pruned}
+            self._masks = self._open.enter_context(
+                SafetensorsWriter(
+                    self.folder / MASKS,
+                    {name: (np.dtype(np.uint8), (packed_length(shape),)) for name, shape in shapes.items()},
+                    mask_metadata(pattern, sparsity, shapes),
+                )
+            )
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _shard(self, file: str) -> SafetensorsWriter:
+        held = [name for name, place in self._source.files.items() if place == file]
+        tensors = {name: (self._source.dtype(name), self._source.shape(name)) for name in held}
+        return SafetensorsWriter(self.folder / file, tensors, {"format": "pt"})
+
+    def write(self, name: str, tensor: np.ndarray) -> None:
+        """Write one tensor [out, in] in the source's dtype."""
+        self._files[self._source.files[name]].write(name, tensor)
+
+    def write_pruned(self, name: str, weight: np.ndarray, mask: np.ndarray) -> None:
+        """Write a weight with its pruned places zeroed, and its mask (bool [out, in], True = kept)."""
+        self.write(name, np.where(mask, weight, np.zeros((), weight.dtype)))
+        self._masks.write(name, pack(mask))
+
+    def finish(self, written: set[str]) -> None:
+        """Copy every tensor not in `written`, configuration and tokenizer; the folder is then a whole checkpoint."""
+        for name in self._source.names():
+            if name not in written:
+                self.write(name, self._source.read(name))
+        self._open.close()
+        if set(self._files) != {WEIGHTS}:
+            self.write_json(INDEX, self._index())
+        self.write_json("config.json", self._source.config)
+        with writing(self.folder):
+            self._source.save_tokenizer(self.folder)
+
+    def _index(self) -> dict:
+        sizes = (self._source.size(n) * self._source.dtype(n).itemsize for n in self._source.names())
+        return {"metadata": {"total_size": sum(sizes)}, "weight_map": self._source.files}
+
+    def write_json(self, name: str, content: dict) -> None:
+        """Write a small JSON file into the folder."""
+        path = self.folder / name
+        with writing(path):
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    def publish(self) -> None:
+        """Give the folder its final name, in place of what stands there."""
+        with writing(self.out):
+            old = self.out.with_name(self.out.name + ".old")
+            if self.out.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                self.out.rename(old)
+            self.folder.rename(self.out)
+            shutil.rmtree(old, ignore_errors=True)
+
+    def __enter__(self) -> "FolderWriter":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        # After `publish` nothing of that name is left; before it, what is there is unfinished.
+        with contextlib.suppress(ValueError):
+            self._open.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an operating-system error into one that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise BarberError(f"cannot write {path}: {error.strerror or error}") from error

@@ -1,0 +1,152 @@
+"""The Hugging Face configuration of a llama model, from the metadata of a GGUF file."""
+
+import math
+
+import numpy as np
+
+from barber_jax.errors import BarberError
+
+# Metadata that would change the computation in a way Hugging Face's llama has no word for.
+UNSUPPORTED = (
+    "expert_count",
+    "attention.sliding_window",
+    "attention.scale",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "logit_scale",
+    "embedding_scale",
+    "residual_scale",
+)
+# Llama's own rotary base, which files made from the first llama models leave out.
+DEFAULT_ROPE_BASE = 10000.0
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def llama_config(fields: dict, vocab_size: int, rope_freqs: np.ndarray | None) -> dict:
+    """Everything of config.json that the metadata says; what the tensors say (ties, biases, dtype) is the caller's.
+
+    Args:
+        fields: the file's metadata by key.
+        vocab_size: rows of the embedding.
+        rope_freqs: the `rope_freqs.weight` tensor [head_dim / 2], if the file has one.
+
+    Raises:
+        BarberError: another architecture, a missing or impossible field, or an unsupported feature.
+    """
+    architecture = fields.get("general.architecture")
+    if not isinstance(architecture, str) or architecture != "llama":
+        raise BarberError(f"architecture {architecture!r} is not supported in a .gguf file, only 'llama'")
+    _refuse_unsupported(fields)
+    heads = _count(fields, "llama.attention.head_count")
+    key_value_heads = _count(fields, "llama.attention.head_count_kv", heads)
+    if heads % key_value_heads:
+        raise BarberError(f"llama.attention.head_count {heads} is not a multiple of head_count_kv {key_value_heads}")
+    hidden_size = _count(fields, "llama.embedding_length")
+    head_dim = _head_dim(fields, hidden_size, heads)
+    rope_theta = _positive(fields, "llama.rope.freq_base", DEFAULT_ROPE_BASE)
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": _count(fields, "llama.feed_forward_length"),
+        "num_hidden_layers": _count(fields, "llama.block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads,
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": _float32(_positive(fields, "llama.attention.layer_norm_rms_epsilon")),
+        "rope_theta": rope_theta,
+        "rope_scaling": _rope_scaling(fields, rope_theta, head_dim, rope_freqs),
+        "max_position_embeddings": _count(fields, "llama.context_length"),
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "use_cache": True,
+    }
+
+
+def llama3_factors(rope_theta: float, head_dim: int, factor: float) -> np.ndarray:
+    """What llama 3.1's scaling divides each rotary frequency by, float64 [head_dim / 2]: 1 for waves that are short
+    beside the original context, `factor` for long ones, a smooth passage between."""
+    wavelength = 2 * math.pi * rope_theta ** (np.arange(0, head_dim, 2) / head_dim)
+    low, high = LLAMA3_ROPE["low_freq_factor"], LLAMA3_ROPE["high_freq_factor"]
+    turns = LLAMA3_ROPE["original_max_position_embeddings"] / wavelength
+    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return 1.0 / ((1.0 - smooth) / factor + smooth)
+
+
+def _refuse_unsupported(fields: dict) -> None:
+    for key in UNSUPPORTED:
+        value = fields.get(f"llama.{key}")
+        if isinstance(value, str | list | np.ndarray) or value:
+            raise BarberError(f"llama.{key} = {value} is not supported; use a plain dense llama model")
+
+
+def _head_dim(fields: dict, hidden_size: int, heads: int) -> int:
+    if "llama.attention.key_length" not in fields and hidden_size % heads:
+        raise BarberError(f"llama.embedding_length {hidden_size} is not a multiple of head_count {heads}")
+    head_dim = _count(fields, "llama.attention.key_length", hidden_size // heads)
+    if head_dim % 2:
+        raise BarberError(f"head dimension {head_dim} is odd, and rotary positions turn pairs; convert the model again")
+    for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
+        value = _count(fields, key, head_dim)
+        if value != head_dim:
+            raise BarberError(f"{key} = {value} differs from the head dimension {head_dim}, which is not supported")
+    return head_dim
+
+
+def _rope_scaling(fields: dict, rope_theta: float, head_dim: int, rope_freqs: np.ndarray | None) -> dict | None:
+    linear = _linear_scaling(fields)
+    if rope_freqs is None:
+        return linear
+    if linear is not None:
+        raise BarberError("both llama.rope.scaling.type linear and rope_freqs.weight, which is not supported")
+    return _llama3_scaling(rope_freqs, rope_theta, head_dim)
+
+
+def _linear_scaling(fields: dict) -> dict | None:
+    # Files older than rope.scaling.type know linear scaling only, under another name.
+    factor = _positive(fields, "llama.rope.scaling.factor", _positive(fields, "llama.rope.scale_linear", 1.0))
+    kind = fields.get("llama.rope.scaling.type", "linear")
+    if not isinstance(kind, str) or kind not in ("none", "linear"):
+        raise BarberError(f"llama.rope.scaling.type {kind!r} is not supported, only none, linear and llama 3.1's")
+    if kind == "none" or factor == 1.0:
+        return None
+    return {"rope_type": "linear", "factor": factor}
+
+
+def _llama3_scaling(rope_freqs: np.ndarray, rope_theta: float, head_dim: int) -> dict | None:
+    """The file keeps only the factors, so the parameters are guessed and must give the same factors back."""
+    factor = float(rope_freqs.max()) if rope_freqs.shape == (head_dim // 2,) else 0.0
+    known = factor >= 1.0 and np.allclose(rope_freqs, llama3_factors(rope_theta, head_dim, factor), rtol=1e-5, atol=0)
+    if not known:
+        raise BarberError("rope_freqs.weight is not llama 3.1's scaling with its usual parameters; not supported")
+    if factor == 1.0:
+        return None
+    return {"rope_type": "llama3", "factor": factor, **LLAMA3_ROPE}
+
+
+def _count(fields: dict, key: str, default: int | None = None) -> int:
+    value = _field(fields, key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise BarberError(f"metadata field {key} must be one whole number above 0; convert the model again")
+    return value
+
+
+def _positive(fields: dict, key: str, default: float | None = None) -> float:
+    value = _field(fields, key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise BarberError(f"metadata field {key} must be one finite number above 0; convert the model again")
+    return float(value)
+
+
+def _field(fields: dict, key: str, default):
+    value = fields.get(key, default)
+    if value is None:
+        raise BarberError(f"metadata field {key} is missing; convert the model again")
+    return value
+
+
+def _float32(value: float) -> float:
+    """The shortest decimal that names this float32: the file keeps 1e-05 as 9.999999747378752e-06."""
+    return float(str(np.float32(value)))

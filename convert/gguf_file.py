@@ -1,0 +1,242 @@
+"""A GGUF file of llama architecture as a checkpoint with Hugging Face's names, layout and configuration."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+
+from barber_jax.convert.checkpoint import Checkpoint
+from barber_jax.convert.gguf_config import llama_config
+from barber_jax.convert.gguf_header import Header, StoredTensor, read_header
+from barber_jax.convert.gguf_tokenizer import build_tokenizer, has_tokenizer, special_ids
+from barber_jax.errors import BarberError
+
+# Hugging Face's llama has a bias on all four attention projections or on none; a model that has it on the first three
+# only (as llama.cpp allows) is the same model with zeros here.
+OPTIONAL = "attn_output.bias"
+LARGEST_FILE = 5 * 10**9
+ROPE_FREQS = "rope_freqs.weight"
+PLAIN = {
+    GGMLQuantizationType.F32: np.dtype(np.float32),
+    GGMLQuantizationType.F16: np.dtype(np.float16),
+    GGMLQuantizationType.BF16: np.dtype(ml_dtypes.bfloat16),
+}
+ATTENTION = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+}
+MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+
+
+class _Source(NamedTuple):
+    """One Hugging Face tensor: the GGUF tensor it comes from, its shape, and the heads of its rotary rows (or 0)."""
+
+    stored: str
+    shape: tuple[int, ...]
+    rotary_heads: int = 0
+
+
+class GGUFCheckpoint(Checkpoint):
+    """A .gguf file opened for reading; tensors are decoded one by one, when fetched.
+
+    F32, F16 and BF16 tensors keep their dtype, every other type decodes to float32.
+    """
+
+    def __init__(self, path: Path):
+        """Open `path`.
+
+        Raises:
+            BarberError: not a sound GGUF file of the llama architecture, or one with a feature not supported.
+        """
+        self.location = str(path)
+        self._path = path
+        self._header = read_header(path)
+        try:
+            self.config = self._read_config()
+            self._check_blocks()
+            self._sources = dict(_llama_tensors(self.config))
+            self._check_tensors()
+        except BarberError as error:
+            raise BarberError(f"{path}: {error}") from None
+        self.config["torch_dtype"] = self.dtype("model.layers.0.self_attn.q_proj.weight").name
+        self.files = split_files(
+            {name: math.prod(self.shape(name)) * self.dtype(name).itemsize for name in self.names()}
+        )
+
+    def names(self) -> list[str]:
+        """Every tensor's Hugging Face name, in the order of the model."""
+        return list(self._sources)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+        return self._sources[name].shape
+
+    def dtype(self, name: str) -> np.dtype:
+        """Dtype that `fetch` gives a tensor, without reading it."""
+        tensor = self._header.tensors.get(self._sources[name].stored)
+        return np.dtype(np.float32) if tensor is None else PLAIN.get(tensor.kind, np.dtype(np.float32))
+
+    def fetch(self, name: str) -> np.ndarray:
+        """Read and decode one tensor.
+
+        Raises:
+            BarberError: the file cannot be read or has become shorter.
+        """
+        source = self._sources[name]
+        if source.stored not in self._header.tensors:
+            return np.zeros(source.shape, np.float32)
+        value = self._decode(source.stored)
+        return unpermute(value, source.rotary_heads) if source.rotary_heads else value
+
+    def tokenizer(self):
+        """The tokenizer that the file's metadata describe.
+
+        Raises:
+            BarberError: the file has none, or one of a kind that is not supported.
+        """
+        try:
+            return build_tokenizer(self._header.fields)
+        except BarberError as error:
+            raise BarberError(f"{self.location}: {error}") from None
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer's files and generation_config.json to `folder`; nothing if there is no tokenizer.
+
+        Raises:
+            BarberError: the file's tokenizer is of a kind that is not supported.
+        """
+        if not has_tokenizer(self._header.fields):
+            return
+        self.tokenizer().save_pretrained(folder)
+        ids = {key: self.config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        content = {key: value for key, value in ids.items() if value is not None}
+        (Path(folder) / "generation_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    def _read_config(self) -> dict:
+        header = self._header
+        embedding = header.tensors.get("token_embd.weight")
+        rope_freqs = self._decode(ROPE_FREQS) if ROPE_FREQS in header.tensors else None
+        ids = special_ids(header.fields)
+        return llama_config(header.fields, embedding.shape[0] if embedding else 0, rope_freqs) | {
+            "tie_word_embeddings": "output.weight" not in header.tensors,
+            "attention_bias": _has_bias(header, ATTENTION),
+            "mlp_bias": _has_bias(header, MLP),
+            "bos_token_id": ids["bos"],
+            "eos_token_id": ids["eos"],
+            "pad_token_id": ids["pad"],
+        }
+
+    def _check_blocks(self) -> None:
+        """The block count comes from the file: do not list billions of tensors because one byte of it is wrong."""
+        blocks = self.config["num_hidden_layers"]
+        if blocks > len(self._header.tensors):
+            raise BarberError(f"llama.block_count is {blocks}, more than there are tensors; the file is damaged")
+
+    def _check_tensors(self) -> None:
+        """Every tensor of the model is there with the shape that the configuration gives it, and no other."""
+        tensors = self._header.tensors
+        for source in self._sources.values():
+            if source.stored.endswith(OPTIONAL) and source.stored not in tensors:
+                continue
+            if source.stored not in tensors:
+                raise BarberError(f"tensor {source.stored} is missing; convert the model again")
+            if tensors[source.stored].shape != source.shape:
+                found = tensors[source.stored].shape
+                raise BarberError(f"tensor {source.stored} has shape {found}, the metadata ask for {source.shape}")
+        unexpected = tensors.keys() - {source.stored for source in self._sources.values()} - {ROPE_FREQS}
+        if unexpected:
+            raise BarberError(f"tensor {min(unexpected)} is no part of a llama model; not supported")
+
+    def _decode(self, stored: str) -> np.ndarray:
+        tensor = self._header.tensors[stored]
+        raw = self._read_bytes(stored, tensor)
+        if tensor.kind in PLAIN:
+            return raw.view(PLAIN[tensor.kind]).reshape(tensor.shape)
+        return dequantize(raw.reshape(*tensor.shape[:-1], -1), tensor.kind)
+
+    def _read_bytes(self, stored: str, tensor: StoredTensor) -> np.ndarray:
+        # An ordinary read, not a memory map: mapped pages would count as the process's own memory.
+        try:
+            with open(self._path, "rb") as handle:
+                handle.seek(tensor.offset)
+                raw = np.fromfile(handle, np.uint8, tensor.size)
+        except OSError as error:
+            raise BarberError(f"{self.location}: tensor {stored} cannot be read ({error.strerror})") from None
+        if raw.size != tensor.size:
+            raise BarberError(f"{self.location}: the file is cut short in tensor {stored}; download it again")
+        return raw
+
+
+def unpermute(value: np.ndarray, heads: int) -> np.ndarray:
+    """Put the rows of a query or key tensor back in Hugging Face's order.
+
+    llama.cpp rotates neighbouring rows of a head, Hugging Face row i with row i + head_dim / 2.
+
+    Args:
+        value: weight [heads * head_dim, in] or bias [heads * head_dim].
+        heads: the heads of the query, or of the key.
+    """
+    half = value.shape[0] // heads // 2
+    return value.reshape(heads, half, 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
+
+
+def split_files(sizes: dict[str, int], largest: int = LARGEST_FILE) -> dict[str, str]:
+    """Which safetensors file each tensor goes to, in order, each file at most `largest` bytes of tensors.
+
+    A single tensor larger than that gets a file of its own.
+    """
+    numbers, number, filled = {}, 1, 0
+    for name, size in sizes.items():
+        if filled and filled + size > largest:
+            number, filled = number + 1, 0
+        numbers[name] = number
+        filled += size
+    if number == 1:
+        return dict.fromkeys(sizes, "model.safetensors")
+    return {name: f"model-{each:05d}-of-{number:05d}.safetensors" for name, each in numbers.items()}
+
+
+def _has_bias(header: Header, modules: dict[str, str]) -> bool:
+    return any(f"blk.0.{module}.bias" in header.tensors for module in modules)
+
+
+def _llama_tensors(config: dict) -> Iterator[tuple[str, _Source]]:
+    """Hugging Face name and source of every tensor that a model of this configuration has."""
+    hidden, vocab = config["hidden_size"], config["vocab_size"]
+    yield "model.embed_tokens.weight", _Source("token_embd.weight", (vocab, hidden))
+    for layer in range(config["num_hidden_layers"]):
+        for name, source in _layer_tensors(config):
+            yield f"model.layers.{layer}.{name}", source._replace(stored=f"blk.{layer}.{source.stored}")
+    yield "model.norm.weight", _Source("output_norm.weight", (hidden,))
+    if not config["tie_word_embeddings"]:
+        yield "lm_head.weight", _Source("output.weight", (vocab, hidden))
+
+
+def _layer_tensors(config: dict) -> Iterator[tuple[str, _Source]]:
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    heads, key_value_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    query, key = heads * config["head_dim"], key_value_heads * config["head_dim"]
+    yield "input_layernorm.weight", _Source("attn_norm.weight", (hidden,))
+    yield "post_attention_layernorm.weight", _Source("ffn_norm.weight", (hidden,))
+    shapes = {
+        "attn_q": (query, hidden),
+        "attn_k": (key, hidden),
+        "attn_v": (key, hidden),
+        "attn_output": (hidden, query),
+        "ffn_gate": (inner, hidden),
+        "ffn_up": (inner, hidden),
+        "ffn_down": (hidden, inner),
+    }
+    rotary = {"attn_q": heads, "attn_k": key_value_heads}
+    for module, name in (ATTENTION | MLP).items():
+        yield f"{name}.weight", _Source(f"{module}.weight", shapes[module], rotary.get(module, 0))
+        if config["attention_bias" if module in ATTENTION else "mlp_bias"]:
+            yield f"{name}.bias", _Source(f"{module}.bias", shapes[module][:1], rotary.get(module, 0))

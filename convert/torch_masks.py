@@ -1,0 +1,298 @@
+"""Pruning masks in PyTorch: load, apply, check. For fine-tuning a pruned model with its zeros kept, without JAX.
+
+    masks = load_masks("pruned/masks.safetensors")
+    apply_masks(model, masks)       # torch.nn.utils.prune: the zeros stay zero while training
+    ...                             # train
+    make_permanent(model)           # plain weights again, ready for save_pretrained
+    assert check_masks(model, masks).ok
+
+Names are Hugging Face's, as in the mask file; `python -m barber_jax.convert.torch_masks --help` does it for a folder.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from torch.nn.utils import prune
+
+from barber_jax.convert.mask_file import Masks, read_masks
+from barber_jax.errors import BarberError, exit_with_one_line
+
+MaskSource = Mapping[str, torch.Tensor] | Masks | str | os.PathLike
+
+
+@dataclass(frozen=True)
+class MatrixReport:
+    """How one weight matrix stands to its mask: counts of weights."""
+
+    name: str
+    size: int
+    kept: int  # by the mask
+    zeros: int  # in the weight
+    violations: int  # pruned by the mask, yet not zero
+    natural_zeros: int  # kept by the mask, yet zero
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of weights that the mask prunes."""
+        return 1 - self.kept / self.size
+
+
+@dataclass(frozen=True)
+class Report:
+    """`check_masks` of a whole model, one entry per masked matrix."""
+
+    matrices: tuple[MatrixReport, ...]
+
+    @property
+    def ok(self) -> bool:
+        """True when every pruned weight is zero."""
+        return not any(matrix.violations for matrix in self.matrices)
+
+    @property
+    def total(self) -> MatrixReport:
+        """The sums over all matrices, named "total"."""
+        counts = ("size", "kept", "zeros", "violations", "natural_zeros")
+        return MatrixReport("total", **{key: sum(getattr(m, key) for m in self.matrices) for key in counts})
+
+    def table(self) -> str:
+        """One line per matrix and one for the total."""
+        rows = [*self.matrices, self.total]
+        width = max(len(row.name) for row in rows)
+        lines = [f"{'weight':<{width}}  {'size':>12}  {'sparsity':>8}  {'zeros':>12}  {'violations':>10}"]
+        lines += [
+            f"{row.name:<{width}}  {row.size:>12}  {row.sparsity:>8.4f}  {row.zeros:>12}  {row.violations:>10}"
+            for row in rows
+        ]
+        return "\n".join(lines)
+
+
+def load_masks(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """All masks of a mask file: weight name -> bool [out, in], True = kept. Raises BarberError on a bad file.
+
+    A byte a weight: for a large model give `apply_masks` and `check_masks` the path, which reads mask by mask.
+    """
+    masks = read_masks(path)
+    return {name: torch.from_numpy(masks.read(name)) for name in masks.names()}
+
+
+def apply_masks(model: torch.nn.Module, masks: MaskSource, method: Literal["prune", "in_place"] = "prune") -> None:
+    """Zero the pruned weights of `model`.
+
+    All names and shapes are checked before anything changes. On a module that torch.nn.utils.prune already pruned,
+    the new mask replaces the old one and acts on the original weights, so weights that only the old mask pruned
+    come back.
+
+    Args:
+        model: its nn.Linear weights have the masks' names; a base model (LlamaModel) may lack the prefix.
+        masks: weight name -> bool [out, in] with True = kept, an opened mask file, or its path.
+        method: "prune" reparametrises by torch.nn.utils.prune, so that the zeros survive training (`make_permanent`
+            undoes it); "in_place" writes zeros into the weights once.
+
+    Raises:
+        BarberError: a bad mask file, a name that the model lacks, a weight that is not nn.Linear's, or another shape.
+    """
+    if method not in ("prune", "in_place"):
+        raise ValueError(f"method {method!r} is neither 'prune' nor 'in_place'")
+    for _, module, mask in _matched(model, masks):
+        if _is_pruned(module):
+            module.weight_mask = mask.to(module.weight_orig.device, module.weight_orig.dtype)
+            module.weight = module.weight_orig * module.weight_mask
+            if method == "in_place":
+                prune.remove(module, "weight")
+        elif method == "prune":
+            prune.custom_from_mask(module, "weight", mask.to(module.weight.device))
+        else:
+            with torch.no_grad():
+                module.weight.masked_fill_(~mask.to(module.weight.device), 0)
+
+
+def make_permanent(model: torch.nn.Module) -> None:
+    """Turn every pruned nn.Linear of `model` back into one with a plain weight, its pruned entries zero.
+
+    Do this before `save_pretrained`: a state dict would otherwise hold weight_orig and weight_mask.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and _is_pruned(module):
+            prune.remove(module, "weight")
+
+
+def check_masks(model: torch.nn.Module, masks: MaskSource) -> Report:
+    """Compare the weights of `model`, plain or pruned by torch.nn.utils.prune, with the masks; nothing is changed.
+
+    Raises:
+        BarberError: as `apply_masks`.
+    """
+    return Report(tuple(_check(name, module, mask) for name, module, mask in _matched(model, masks)))
+
+
+def to_semi_structured(model: torch.nn.Module, masks: MaskSource) -> None:
+    """Store the 2:4-pruned weights of `model` compressed, for the sparse tensor cores of NVIDIA Ampere and later.
+
+    Made for inference: weights become `torch.sparse.SparseSemiStructuredTensor`, half the size and not trainable.
+    The model must be on a CUDA device in float16 or bfloat16 and its weights must respect the masks already:
+        model = AutoModelForCausalLM.from_pretrained("pruned", dtype=torch.float16).cuda()
+        to_semi_structured(model, "pruned/masks.safetensors")
+
+    Raises:
+        BarberError: as `apply_masks`; no CUDA device or one before compute capability 8.0; masks that are not 2:4;
+            weights that are elsewhere than on a CUDA device, of another dtype, do not respect the masks, or have a
+            shape that the kernels refuse.
+    """
+    if not torch.cuda.is_available():
+        raise BarberError("semi-structured weights need a CUDA device; run on a machine with one")
+    if torch.cuda.get_device_capability() < (8, 0):
+        raise BarberError("the GPU lacks sparse tensor cores (compute capability 8.0 or later); keep the model dense")
+    if isinstance(masks, str | os.PathLike):
+        masks = read_masks(masks)
+    if isinstance(masks, Masks) and masks.pattern != "2:4":
+        raise BarberError(f"{masks.path}: its pattern is {masks.pattern}, not 2:4; prune the model with pattern 2:4")
+    for name, module, mask in _matched(model, masks):
+        _refuse_semi_structured(name, module, mask)
+    make_permanent(model)
+    for name, module, _ in _matched(model, masks):
+        try:
+            weight = torch.sparse.to_sparse_semi_structured(module.weight.detach())
+        except RuntimeError as error:
+            raise BarberError(f"{name}: the sparse kernels refuse it: {error}; keep this model dense") from error
+        module.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+
+def _refuse_semi_structured(name: str, module: torch.nn.Linear, mask: torch.Tensor) -> None:
+    weight = _effective_weight(module)
+    if mask.shape[1] % 4 or int(mask.reshape(-1, 4).sum(1).max()) > 2:
+        raise BarberError(f"{name}: its mask is not 2:4; prune the model with pattern 2:4")
+    if weight.dtype not in (torch.float16, torch.bfloat16):
+        raise BarberError(f"{name} is {weight.dtype}; load the model with dtype=torch.float16 or torch.bfloat16")
+    if _check(name, module, mask).violations:
+        raise BarberError(f"{name} is not zero where its mask prunes; call apply_masks first")
+    if weight.device.type != "cuda":
+        raise BarberError(f"{name} is on {weight.device}; move the model to the GPU with model.cuda()")
+
+
+def _is_pruned(module: torch.nn.Module) -> bool:
+    return hasattr(module, "weight_orig") and hasattr(module, "weight_mask")
+
+
+def _effective_weight(module: torch.nn.Linear) -> torch.Tensor:
+    # Between an optimiser's step and the next forward pass, a pruned module's own `weight` is out of date.
+    return (module.weight_orig * module.weight_mask if _is_pruned(module) else module.weight).detach()
+
+
+def _check(name: str, module: torch.nn.Linear, mask: torch.Tensor) -> MatrixReport:
+    weight = _effective_weight(module)
+    mask = mask.to(weight.device)
+    zero = weight == 0
+    return MatrixReport(
+        name=name,
+        size=mask.numel(),
+        kept=int(mask.sum()),
+        zeros=int(zero.sum()),
+        violations=int((~mask & ~zero).sum()),
+        natural_zeros=int((mask & zero).sum()),
+    )
+
+
+def _matched(model: torch.nn.Module, masks: MaskSource) -> Iterator[tuple[str, torch.nn.Linear, torch.Tensor]]:
+    """(name, module, mask) of every masked weight: all names and shapes are checked first, masks are read in turn."""
+    shapes, read = _open(masks)
+    # transformers calls the prefix that a base model lacks and the same model with a head has, `base_model_prefix`.
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    modules = dict(model.named_modules())
+    matched = {name: _linear(modules, prefix, name, shape) for name, shape in shapes.items()}
+    for name, module in matched.items():
+        yield name, module, read(name)
+
+
+def _open(masks: MaskSource) -> tuple[dict[str, tuple[int, ...]], Callable[[str], torch.Tensor]]:
+    if isinstance(masks, str | os.PathLike):
+        masks = read_masks(masks)
+    if isinstance(masks, Masks):
+        return masks.shapes, lambda name: torch.from_numpy(masks.read(name))
+    return {name: tuple(mask.shape) for name, mask in masks.items()}, lambda name: masks[name].bool()
+
+
+def _linear(modules: dict[str, torch.nn.Module], prefix: str, name: str, shape: tuple[int, ...]) -> torch.nn.Linear:
+    path = name.removesuffix(".weight")
+    module = next((modules[p] for p in (path, path.removeprefix(prefix), prefix + path) if p in modules), None)
+    if module is None or not name.endswith(".weight"):
+        raise BarberError(f"the model has no weight {name}; give the masks that were written for this model")
+    if not isinstance(module, torch.nn.Linear):
+        raise BarberError(f"{name} belongs to a {type(module).__name__}; only the weights of nn.Linear can be masked")
+    in_model = (module.out_features, module.in_features)
+    if in_model != shape:
+        raise BarberError(f"{name} is {in_model} in the model, {shape} in the masks; give the masks of this model")
+    return module
+
+
+@dataclass(frozen=True)
+class Command:
+    """Apply a mask file to a Hugging Face model in PyTorch, check it, and print every matrix's sparsity.
+
+    Exit status: 0 when all pruned weights are zero, 1 when --check-only finds some that are not, 2 for a mistake.
+    """
+
+    model: str
+    """Folder or Hub id of the model, pruned or dense."""
+    masks: Path
+    """The masks.safetensors file."""
+    out: Path | None = None
+    """Save the masked model into this new or empty folder."""
+    check_only: bool = False
+    """Only compare the model with the masks; do not apply them."""
+
+
+def run(command: Command) -> None:
+    """Do what `Command` says. Raises BarberError for the user's mistakes, SystemExit(1) for violations found."""
+    out = command.out
+    if command.check_only and out:
+        raise BarberError("--check-only saves nothing; leave out --out or --check-only")
+    if out and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise BarberError(f"--out {out} exists and is not an empty folder; name another")
+    masks = read_masks(command.masks)
+    model = _load_model(command.model)
+    report = check_masks(model, masks)
+    if not report.ok and not command.check_only:
+        print(f"{report.total.violations} weights that the masks prune were not zero; now they are")
+        apply_masks(model, masks, "in_place")
+        report = check_masks(model, masks)
+    print(report.table())
+    if not report.ok:
+        raise SystemExit(1)
+    if out:
+        _save(command.model, model, out)
+
+
+def _load_model(spec: str) -> torch.nn.Module:
+    import transformers
+
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(spec, dtype="auto")
+    except Exception as error:  # transformers raises whatever its file readers raise
+        raise BarberError(f"--model {spec}: cannot load it: {str(error) or type(error).__name__}") from error
+
+
+def _save(spec: str, model: torch.nn.Module, out: Path) -> None:
+    import transformers
+
+    try:
+        model.save_pretrained(out)
+    except Exception as error:  # the disk's errors arrive in safetensors' own type, not as OSError
+        raise BarberError(f"--out {out}: cannot save the model: {error}") from error
+    try:
+        transformers.AutoTokenizer.from_pretrained(spec).save_pretrained(out)
+    except (OSError, ValueError):
+        print(f"{spec} has no tokenizer that transformers can load; {out} holds the model alone")
+
+
+def main() -> None:
+    """The command line."""
+    run(tyro.cli(Command, prog="python -m barber_jax.convert.torch_masks"))
+
+
+if __name__ == "__main__":
+    exit_with_one_line(main)

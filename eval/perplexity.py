@@ -1,0 +1,205 @@
+"""Perplexity by the convention of the pruning literature (GPTQ, SparseGPT, Wanda).
+
+The text is tokenized whole and cut into consecutive windows of L tokens from its start; a last incomplete window is
+dropped. Each window is scored by itself: the mean cross-entropy of its L-1 next-token predictions. Perplexity is
+exp(mean over windows). Texts: wikitext2 is the test split joined by blank lines; ptb the test sentences joined by a
+space; c4 the first 1100 documents of the first validation shard joined by a space, of which 256 windows are used.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from barber_jax import text
+from barber_jax.calibration import check_ids, load_ids
+from barber_jax.command import parse, set_precision
+from barber_jax.config import ComputeDtype
+from barber_jax.convert.checkpoint import Checkpoint, open_checkpoint
+from barber_jax.convert.export import writing
+from barber_jax.convert.parameters import check_tensors, read_parameters
+from barber_jax.errors import BarberError, exit_with_one_line
+from barber_jax.eval.forward import final_hidden, on_device
+from barber_jax.models import build_model
+from barber_jax.models.decoder import Definition
+from barber_jax.models.family import Model
+from barber_jax.passes import Parameters, micro_batches
+
+# The loss of this many tokens is taken at a time, so that logits over a large vocabulary stay small.
+HEAD_TOKENS = 256
+C4_DOCUMENTS, C4_WINDOWS = 1100, 256
+
+
+@dataclass(frozen=True)
+class PerplexityConfig:
+    """Perplexity of a checkpoint: consecutive windows, mean cross-entropy, exponentiated."""
+
+    ckpt: str
+    """Checkpoint to evaluate: a Hugging Face folder, a Hub id, or a .gguf file."""
+    length: int
+    """Tokens in a window (L); each gives L-1 predictions."""
+    text: Path | None = None
+    """Text: .txt, .jsonl, .parquet, .arrow or a saved dataset folder."""
+    tokens: Path | None = None
+    """Token ids: .npy of integers, flattened."""
+    dataset: Literal["wikitext2", "ptb", "c4"] | None = None
+    """Text from the Hub."""
+    text_field: str = "text"
+    """Column that holds the text, for files with columns."""
+    windows: int | None = None
+    """How many windows. Default: all (c4: 256)."""
+    batch: int = 4
+    """Windows in a micro-batch."""
+    compute_dtype: ComputeDtype = "float32"
+    """Dtype of activations and matrix products."""
+    json: Path | None = None
+    """Also write the result to this file."""
+
+    def __post_init__(self):
+        if sum(source is not None for source in (self.text, self.tokens, self.dataset)) != 1:
+            raise BarberError("give one of --text, --tokens and --dataset")
+        if self.length < 2:
+            raise BarberError(f"--length {self.length} leaves no next token; use at least 2")
+        for option in ("windows", "batch"):
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise BarberError(f"--{option} {value} must be at least 1")
+
+
+def evaluation_ids(
+    checkpoint: Checkpoint, *, path: Path | None, dataset: str | None, text_field: str = "text"
+) -> np.ndarray:
+    """All token ids of an evaluation text, int32 [tokens], by the conventions above. Give `path` or `dataset`.
+
+    Raises:
+        BarberError: the text cannot be read, or there is no tokenizer.
+    """
+    if path is not None:
+        whole = "\n\n".join(text.read_documents(path, text_field))
+    elif dataset == "c4":
+        documents = text.hub_documents("c4", "validation")
+        whole = " ".join(documents[i] for i in range(min(C4_DOCUMENTS, len(documents))))
+    else:
+        whole = {"wikitext2": "\n\n", "ptb": " "}[dataset].join(text.hub_documents(dataset, "test"))
+    return text.tokenize(checkpoint.tokenizer(), whole)
+
+
+def cut_windows(ids: np.ndarray, length: int, windows: int | None, source: str) -> np.ndarray:
+    """Consecutive windows from the start: [tokens] -> int32 [windows, length].
+
+    Raises:
+        BarberError: the text is too short for that many, or for one.
+    """
+    whole = ids.size // length
+    wanted = whole if windows is None else windows
+    if wanted < 1 or wanted > whole:
+        raise BarberError(
+            f"{source}: {ids.size} tokens give {whole} windows of --length {length}, not {max(wanted, 1)}; "
+            "lower --windows or --length, or give more text"
+        )
+    return np.asarray(ids).reshape(-1)[: wanted * length].reshape(wanted, length).astype(np.int32)
+
+
+@partial(jax.jit, static_argnames="definition")
+def window_losses(definition: Definition, parameters: Parameters, hidden: jax.Array, ids: jax.Array) -> jax.Array:
+    """Mean next-token cross-entropy of each window, in nats.
+
+    Args:
+        definition, parameters: the head.
+        hidden: [M, B, L, D] final hidden states. ids: int32 [M, B, L].
+
+    Returns:
+        float32 [M * B].
+    """
+    head = definition.bind(parameters)
+    hidden, ids = hidden.reshape(-1, *hidden.shape[2:]), ids.reshape(-1, ids.shape[-1])
+    length = ids.shape[1]
+    step = min(HEAD_TOKENS, length)
+    padding = -length % step
+    # Position t predicts token t + 1; the last position, and what pads it to whole steps, predicts nothing.
+    targets = jnp.pad(ids[:, 1:], ((0, 0), (0, 1 + padding)))
+    weight = jnp.arange(length + padding) < length - 1
+
+    def window(pair):
+        states, wanted = pair
+
+        def part(piece):
+            loss = optax.softmax_cross_entropy_with_integer_labels(
+                head(piece[0][None])[0].astype(jnp.float32), piece[1]
+            )
+            return jnp.sum(jnp.where(piece[2], loss, 0.0))
+
+        states = jnp.pad(states, ((0, padding), (0, 0))).reshape(-1, step, states.shape[-1])
+        return jnp.sum(lax.map(part, (states, wanted.reshape(-1, step), weight.reshape(-1, step)))) / (length - 1)
+
+    return lax.map(window, (hidden, targets))
+
+
+def perplexity(checkpoint: Checkpoint, model: Model, windows: np.ndarray, batch: int = 4) -> dict:
+    """Perplexity of a checkpoint on windows of token ids.
+
+    Args:
+        windows: int32 [N, L].
+        batch: windows in a micro-batch.
+
+    Returns:
+        `perplexity`, `nll` (mean over windows, nats), `windows`, `length`, and `tokens` (predicted ones).
+
+    Raises:
+        BarberError: ids outside the vocabulary, or windows longer than the model's positions.
+    """
+    count, length = windows.shape
+    if length > model.positions:
+        raise BarberError(f"--length {length} is more than the model's {model.positions} positions")
+    ids = micro_batches(windows, batch)
+    hidden = final_hidden(checkpoint, model, ids)
+    parameters = on_device(read_parameters(checkpoint, model.names.head))
+    nll = float(np.mean(np.asarray(window_losses(model.head(), parameters, hidden, ids), np.float64)))
+    return {
+        "perplexity": math.exp(nll) if nll < 700 else math.inf,
+        "nll": nll,
+        "windows": count,
+        "length": length,
+        "tokens": count * (length - 1),
+    }
+
+
+def evaluate(config: PerplexityConfig) -> dict:
+    """Measure what the options ask for. Raises BarberError for the user's mistakes."""
+    checkpoint = open_checkpoint(config.ckpt)
+    model = build_model(checkpoint.config, jnp.dtype(config.compute_dtype))
+    check_tensors(checkpoint, model)
+    source = str(config.tokens or config.text or config.dataset)
+    if config.tokens is not None:
+        ids = load_ids(config.tokens.expanduser())
+    else:
+        ids = evaluation_ids(checkpoint, path=config.text, dataset=config.dataset, text_field=config.text_field)
+    limit = config.windows
+    if limit is None and config.dataset == "c4":
+        limit = C4_WINDOWS
+    windows = cut_windows(ids, config.length, limit, source)
+    check_ids(source, windows, model.vocabulary)
+    return {"ckpt": config.ckpt, "source": source, **perplexity(checkpoint, model, windows, config.batch)}
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """The command line: prints the perplexity, writes --json."""
+    config = parse(PerplexityConfig, "barber_jax.eval.perplexity", arguments)
+    set_precision()
+    result = evaluate(config)
+    if config.json is not None:
+        with writing(config.json):
+            config.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"perplexity {result['perplexity']:.4f} ({result['windows']} windows of {result['length']} tokens)")
+
+
+if __name__ == "__main__":
+    exit_with_one_line(run)

@@ -1,0 +1,26 @@
+"""Running the command lines from tests."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from barber_jax import prune
+from barber_jax.convert.mask_file import read_masks
+
+ORACLES = Path(__file__).parent / "oracles"
+
+
+def command(module: str, *arguments) -> subprocess.CompletedProcess:
+    """`python -m barber_jax.<module>` in a process of its own."""
+    line = [sys.executable, "-m", f"barber_jax.{module}", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=600)
+
+
+def prune_masks(out: Path, ckpt, ids, *options) -> dict[str, np.ndarray]:
+    """Prune through the command line's own entry, in this process; HF name -> bool [out, in] mask."""
+    arguments = ["--ckpt", ckpt, "--out", out, "--calibration", ids, *options]
+    prune.run([str(argument) for argument in arguments])
+    masks = read_masks(out / "masks.safetensors")
+    return {name: masks.read(name) for name in masks.names()}
