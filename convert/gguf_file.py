@@ -160,7 +160,9 @@ class GGUFCheckpoint(Checkpoint):
         raw = self._read_bytes(stored, tensor)
         if tensor.kind in PLAIN:
             return raw.view(PLAIN[tensor.kind]).reshape(tensor.shape)
-        return dequantize(raw.reshape(*tensor.shape[:-1], -1), tensor.kind)
+        # Damaged scales overflow here; `read` refuses what comes of it.
+        with np.errstate(all="ignore"):
+            return dequantize(raw.reshape(*tensor.shape[:-1], -1), tensor.kind)
 
     def _read_bytes(self, stored: str, tensor: StoredTensor) -> np.ndarray:
         # An ordinary read, not a memory map: mapped pages would count as the process's own memory.

@@ -106,6 +106,12 @@ class _Cursor:
         except UnicodeDecodeError:
             raise _Damaged("the header is damaged: a string in it is not UTF-8") from None
 
+    def name(self) -> str:
+        name = self.text()
+        if not name.isprintable():
+            raise _Damaged(f"the header is damaged: {name!r} stands where a name should")
+        return name
+
     def value(self):
         kind = self._value_type()
         if kind == GGUFValueType.STRING:
@@ -136,10 +142,10 @@ def _parse(cursor: _Cursor, size: int) -> Header:
     tensor_count, field_count = cursor.numbers("<u8", 2).tolist()
     fields = {}
     for _ in range(field_count):
-        _add(fields, cursor.text(), cursor.value())
+        _add(fields, cursor.name(), cursor.value())
     entries = {}
     for _ in range(tensor_count):
-        _add(entries, cursor.text(), _tensor_entry(cursor))
+        _add(entries, cursor.name(), _tensor_entry(cursor))
     return Header(fields, _lay_out(entries, _alignment(fields), cursor.position(), size))
 
 

@@ -181,7 +181,7 @@ def test_quantised_weights_are_within_a_step_of_the_originals(tmp_path, kind, le
 
 
 def test_every_type_the_package_decodes_is_read(tmp_path):
-    """Blocks of random bytes, as the gguf package itself reads and decodes them."""
+    """Blocks of random bytes (none a float16 NaN or Inf), as the gguf package itself reads and decodes them."""
     rng = np.random.default_rng(0)
     tensors = gguf_tensors(hf_tensors())
     for kind in (Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.IQ4_XS, Kind.IQ2_S, Kind.TQ2_0):
@@ -192,7 +192,7 @@ def test_every_type_the_package_decodes_is_read(tmp_path):
         for name, value in tensors.items():
             if "ffn_down" in name:
                 row_bytes = gguf.GGML_QUANT_SIZES[kind][1]
-                writer.add_tensor(name, rng.integers(0, 256, (HIDDEN, row_bytes), np.uint8), raw_dtype=kind)
+                writer.add_tensor(name, rng.integers(0, 0x7C, (HIDDEN, row_bytes), np.uint8), raw_dtype=kind)
             else:
                 writer.add_tensor(
                     name, np.ones((256, HIDDEN), np.float32) if "ffn_" in name and value.ndim == 2 else value
@@ -441,6 +441,15 @@ def test_absurd_array_length_is_refused_at_once(tmp_path):
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + field + bytes(64))
     with pytest.raises(BarberError, match="damaged or the file is cut short"):
         GGUFCheckpoint(path)
+
+
+def test_tensor_that_would_read_anothers_bytes_is_refused(model):
+    whole = bytearray(model.read_bytes())
+    entry = whole.index(b"blk.0.attn_norm.weight") + len("blk.0.attn_norm.weight") + 4 + 8 + 4
+    struct.pack_into("<Q", whole, entry, 0)
+    model.write_bytes(whole)
+    with pytest.raises(BarberError, match=r"tensor blk\.0\.attn_norm\.weight is not where"):
+        GGUFCheckpoint(model)
 
 
 def test_split_into_files_of_bounded_size():
