@@ -1,5 +1,6 @@
 """Calibration sequences: token ids cut out of text by the conventions of the pruning literature."""
 
+import os
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -60,7 +61,7 @@ def load_calibration(
         if value < 1:
             raise BarberError(f"--{option} {value}: it must be at least 1")
     if source.endswith(".npy"):
-        windows = _npy_windows(Path(source).expanduser(), samples, length)
+        windows = _npy_windows(Path(os.path.expanduser(source)), samples, length)
     elif source in text.HUB_DATASETS:
         windows = _hub_windows(source, tokenizer, samples, length, random.Random(seed))
     else:
@@ -152,7 +153,7 @@ def _random_window(ids: np.ndarray, length: int, rng: random.Random) -> np.ndarr
 
 
 def _file_ids(source: str, tokenizer: Callable[[], "PreTrainedTokenizerBase"], text_field: str) -> np.ndarray:
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if not path.exists():
         known = ", ".join(text.HUB_DATASETS)
         raise BarberError(

@@ -28,10 +28,20 @@ def parse(options: type[Options], program: str, arguments: list[str] | None = No
     except SystemExit as stop:
         if not stop.code:
             raise
-        words = " ".join(re.sub(r"[─│╭╮╰╯━]+", " ", re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue())).split())
-        words = re.sub(r"^(Parsing error|Unrecognized options|Required options)\s*:?\s*", "", words)
-        words = words.partition(" For full helptext")[0]
-        raise BarberError(f"{words or 'bad options'}; see python -m {program} --help") from None
+        raise BarberError(f"{_gist(said.getvalue()) or 'bad options'}; see python -m {program} --help") from None
+
+
+def _gist(box: str) -> str:
+    """What is wrong, from the box of text that tyro prints: its first paragraph, and the names it lists."""
+    title, *lines = re.sub(r"\x1b\[[0-9;]*m", "", box).strip().splitlines() or [""]
+    # Frame and rules go; where the output's encoding has no lines to draw, rules are hyphens and there is no frame.
+    lines = [re.sub(r"^-{3,}$", "", line.strip("│╭╮╰╯─ ")) for line in lines]
+    first, _, rest = "\n".join(lines).strip().partition("\n\n")
+    names = re.compile(r"^--[\w-]+", re.MULTILINE)
+    if first.startswith("Missing from"):
+        return "missing " + ", ".join(names.findall(first))
+    meant = ", ".join(names.findall(rest)) if rest.startswith("Perhaps you meant") else ""
+    return " ".join(first.split()).rstrip(".") + (f" (perhaps you meant {meant})" if meant else "") or title
 
 
 def set_precision() -> None:

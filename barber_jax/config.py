@@ -44,7 +44,7 @@ class SparsityPattern:
             raise BarberError(f"--sparsity {sparsity:g} is outside [0, 1)")
         if pattern == "unstructured":
             return cls(0.5 if sparsity is None else sparsity)
-        found = re.fullmatch(r"(\d+):(\d+)", pattern)
+        found = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", pattern)
         if not found:
             raise BarberError(f"--pattern {pattern!r} is neither 'unstructured' nor N:M such as 2:4")
         keep, of = int(found[1]), int(found[2])
@@ -117,6 +117,10 @@ class PruneConfig:
     """More detail: a line for every sub-block."""
 
     def __post_init__(self):
+        for option in ("ckpt", "calibration"):
+            if not getattr(self, option):
+                # As a path it would mean the current folder.
+                raise BarberError(f"--{option} is empty; name what to read")
         if self.granularity is None:
             # N:M keeps its groups inside an output, so another published default does not apply there.
             structured = self.sparsity_pattern.structured
@@ -137,6 +141,8 @@ class PruneConfig:
             raise BarberError("--length 1 leaves no next token; use at least 2")
         if self.eval_text and self.eval_dataset:
             raise BarberError("--eval-text and --eval-dataset: give one of them")
+        if self.eval_windows is not None and not (self.eval_text or self.eval_dataset):
+            raise BarberError("--eval-windows needs --eval-text or --eval-dataset")
 
     @property
     def sparsity_pattern(self) -> SparsityPattern:

@@ -9,11 +9,20 @@ class BarberError(Exception):
 
 
 def exit_with_one_line(main: Callable[[], None]) -> None:
-    """Run a command's `main`; turn `BarberError` into `error: ...` on stderr and exit status 2."""
+    """Run a command's `main`; turn `BarberError` into `error: ...` on stderr and exit status 2.
+
+    So is an `OSError` that names a file.
+    """
     try:
         main()
     except BarberError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        # A path that the system refuses (too long, forbidden, gone meanwhile). Without a name it is no such thing.
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; give another path or mend this one", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)

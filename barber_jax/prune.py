@@ -73,7 +73,7 @@ def prune(config: PruneConfig) -> dict:
         text = evaluation_ids(
             checkpoint, path=config.eval_text, dataset=config.eval_dataset, text_field=config.text_field
         )
-        windows = cut_windows(text, config.length, config.eval_windows, source)
+        windows = cut_windows(text, config.length, config.eval_windows, source, model.vocabulary)
     pruned = [name for index in range(model.layers) for name in model.kernel_names(index).values()]
     pattern = config.sparsity_pattern
     with (

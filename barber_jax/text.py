@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from barber_jax import hub
 from barber_jax.errors import BarberError
 
 if TYPE_CHECKING:
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
 # File suffix -> the builder of `datasets` that reads it.
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
 FILE_TYPES = ".txt, .jsonl, .parquet, .arrow or a folder of datasets.save_to_disk"
-_PROBE_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -72,16 +73,16 @@ def read_documents(path: Path, text_field: str = "text") -> list[str]:
     """Read every document of a local file or folder, in order, duplicates and empty ones included.
 
     Args:
-        path: .txt (the whole file is one document, newlines untouched), .jsonl (one object a line), .parquet,
-            .arrow (stream or file format), or a folder that `datasets.save_to_disk` wrote. Of a folder with several
-            splits `train` is read, or the only one.
+        path: .txt (the whole file is one document, every newline read as LF like Python's open() does), .jsonl (one
+            object a line), .parquet, .arrow (stream or file format), or a folder that `datasets.save_to_disk` wrote.
+            Of a folder with several splits `train` is read, or the only one.
         text_field: the field that holds the text; .txt has none.
 
     Raises:
         BarberError: nothing at `path`, an unknown suffix, an empty or damaged file, text that is not UTF-8, no such
             field, a row whose field is not text, or several splits without `train`.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if not path.exists():
         raise BarberError(f"{path}: no such file or folder; give {FILE_TYPES}")
     if path.is_dir():
@@ -91,7 +92,8 @@ def read_documents(path: Path, text_field: str = "text") -> list[str]:
     elif path.stat().st_size == 0:
         raise BarberError(f"{path}: the file is empty; give one with text")
     elif path.suffix == ".txt":
-        documents = [_read_utf8(path)]
+        # Universal newlines, as everybody reads wikitext: CRLF would otherwise be other tokens.
+        documents = [_read_utf8(path).replace("\r\n", "\n").replace("\r", "\n")]
     elif path.suffix == ".jsonl":
         documents = list(_jsonl_values(path, text_field))
     else:
@@ -160,7 +162,7 @@ def _jsonl_values(path: Path, field: str) -> Iterator[str]:
             raise _no_field(where, field, record)
         value = record[field]
         if not isinstance(value, str):
-            raise BarberError(f"{where}: field {field!r} is not text; name another as text_field")
+            raise BarberError(f"{where}: field {field!r} is not text; name another with --text-field")
         if not _is_unicode(value):
             raise BarberError(f"{where}: field {field!r} holds half of a surrogate pair; mend or drop the line")
         yield value
@@ -175,7 +177,8 @@ def _is_unicode(value: str) -> bool:
 
 
 def _no_field(where: Path | str, field: str, fields: Iterable[str]) -> BarberError:
-    return BarberError(f"{where}: no field {field!r} (fields: {', '.join(fields)}); name one of them as text_field")
+    known = ", ".join(fields)
+    return BarberError(f"{where}: no field {field!r} (fields: {known}); name one of them with --text-field")
 
 
 def _file_batches(path: Path) -> Iterator["pyarrow.Table"]:
@@ -216,7 +219,7 @@ def _field_values(path: Path, batches: Iterable["pyarrow.Table"], field: str) ->
                 for value in batch.column(field).to_pylist():
                     if not isinstance(value, str):
                         raise BarberError(
-                            f"{path}: field {field!r} of row {row} is not text; name another as text_field"
+                            f"{path}: field {field!r} of row {row} is not text; name another with --text-field"
                         )
                     yield value
                     row += 1
@@ -242,9 +245,8 @@ def _quiet_datasets() -> Iterator[None]:
 
 
 def _hub_file(dataset: HubDataset, split: str) -> str:
-    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
-    from huggingface_hub.utils import get_session
 
     def download(local_files_only: bool) -> str:
         return hf_hub_download(
@@ -258,8 +260,7 @@ def _hub_file(dataset: HubDataset, split: str) -> str:
     try:
         return download(local_files_only=True)
     except LocalEntryNotFoundError:
-        # Without a network the download itself retries for half a minute; one request tells at once.
-        get_session().head(constants.ENDPOINT, timeout=_PROBE_SECONDS)
+        hub.probe()
         return download(local_files_only=False)
 
 

@@ -5,6 +5,7 @@ Names, shapes and configuration are Hugging Face's whatever the file format, so 
 
 import abc
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,7 @@ class Checkpoint(abc.ABC):
         """One tensor, refused if it holds NaN or Inf."""
         value = self.fetch(name)
         if not np.isfinite(value).all():
-            raise BarberError(f"{self.location}: tensor {name} holds NaN or Inf; the checkpoint is damaged")
+            raise BarberError(f"{self.location}: tensor {name} holds NaN or Inf: damaged; fetch the checkpoint again")
         return value
 
 
@@ -70,7 +71,7 @@ def open_checkpoint(spec: str) -> Checkpoint:
     Raises:
         BarberError: nothing of the kind exists there, or it is damaged.
     """
-    path = Path(spec).expanduser()
+    path = Path(os.path.expanduser(spec))
     if path.suffix == ".gguf" or (path.is_file() and _starts_with(path, b"GGUF")):
         from barber_jax.convert.gguf_file import GGUFCheckpoint
 
@@ -80,7 +81,7 @@ def open_checkpoint(spec: str) -> Checkpoint:
     if path.is_dir():
         return HFFolder(path)
     if path.exists():
-        raise BarberError(f"{spec}: neither a checkpoint folder nor a .gguf file")
+        raise BarberError(f"{spec}: neither a checkpoint folder nor a .gguf file; give one of these")
     return HFFolder(download(spec), location=spec)
 
 

@@ -1,8 +1,10 @@
-"""Writing a pruned checkpoint: Hugging Face folder and mask file, tensor by tensor, under a temporary name till done."""
+"""Writing a pruned checkpoint: Hugging Face folder and mask file, tensor by tensor, under a temporary name at first."""
 
 import contextlib
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -29,12 +31,11 @@ def check_destination(out: Path, overwrite: bool, inputs: Iterable[Path]) -> Non
     Raises:
         BarberError: it exists and may not be replaced, or lies in, is, or holds an input.
     """
-    out = out.expanduser().resolve()
+    out = _absolute(out)
     for given in inputs:
-        path = given.expanduser()
+        path = _absolute(given)
         if not path.exists():
             continue
-        path = path.resolve()
         if out == path or path in out.parents:
             raise BarberError(f"--out {out} is or lies inside {given}, which the run reads; choose another folder")
         if out in path.parents:
@@ -46,7 +47,12 @@ def check_destination(out: Path, overwrite: bool, inputs: Iterable[Path]) -> Non
     if not overwrite:
         raise BarberError(f"--out {out} exists; give --overwrite to replace it or choose another folder")
     if any(out.iterdir()) and not (out / RUN).exists():
-        raise BarberError(f"--out {out} is not the result of an earlier run, so --overwrite will not delete it")
+        raise BarberError(f"--out {out} is no result of an earlier run, so --overwrite spares it; choose another")
+
+
+def _absolute(path: Path) -> Path:
+    """The path with `~` and symbolic links followed; one that leads nowhere stays as it is."""
+    return Path(os.path.realpath(os.path.expanduser(path)))
 
 
 class FolderWriter:
@@ -65,9 +71,11 @@ class FolderWriter:
     """
 
     def __init__(self, out: Path, source: Checkpoint, pruned: list[str], pattern: str, sparsity: float):
-        self.out = out.expanduser().resolve()
+        self.out = _absolute(out)
         self.folder = self.out.with_name(self.out.name + ".partial")
         self._source = source
+        if MASKS in source.files.values():
+            raise BarberError(f"{source.location}: its shard {MASKS} has the name of the mask file; rename the shard")
         with writing(self.folder):
             self.out.parent.mkdir(parents=True, exist_ok=True)
             # Left by a run that was killed: nobody else writes that name.
@@ -75,6 +83,10 @@ class FolderWriter:
             self.folder.mkdir()
         self._open = contextlib.ExitStack()
         try:
+            # First what is small: a tokenizer that cannot be written is known before the work, not after it.
+            self.write_json("config.json", source.config)
+            with writing(self.folder):
+                source.save_tokenizer(self.folder)
             self._files = {
                 file: self._open.enter_context(self._shard(file)) for file in sorted(set(source.files.values()))
             }
@@ -105,16 +117,13 @@ class FolderWriter:
         self._masks.write(name, pack(mask))
 
     def finish(self, written: set[str]) -> None:
-        """Copy every tensor not in `written`, configuration and tokenizer; the folder is then a whole checkpoint."""
+        """Copy every tensor not in `written`; the folder is then a whole checkpoint."""
         for name in self._source.names():
             if name not in written:
                 self.write(name, self._source.read(name))
         self._open.close()
         if set(self._files) != {WEIGHTS}:
             self.write_json(INDEX, self._index())
-        self.write_json("config.json", self._source.config)
-        with writing(self.folder):
-            self._source.save_tokenizer(self.folder)
 
     def _index(self) -> dict:
         sizes = (self._source.size(n) * self._source.dtype(n).itemsize for n in self._source.names())
@@ -129,27 +138,37 @@ class FolderWriter:
     def publish(self) -> None:
         """Give the folder its final name, in place of what stands there."""
         with writing(self.out):
-            old = self.out.with_name(self.out.name + ".old")
-            if self.out.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                self.out.rename(old)
-            self.folder.rename(self.out)
-            shutil.rmtree(old, ignore_errors=True)
+            if not self.out.exists():
+                self.folder.rename(self.out)
+                return
+            # A name of its own: nothing else that lies there is ever deleted.
+            with tempfile.TemporaryDirectory(
+                prefix=f"{self.out.name}.old.", dir=self.out.parent, ignore_cleanup_errors=True
+            ) as aside:
+                old = self.out.rename(Path(aside) / self.out.name)
+                try:
+                    self.folder.rename(self.out)
+                except BaseException:
+                    old.rename(self.out)
+                    raise
 
     def __enter__(self) -> "FolderWriter":
         return self
 
     def __exit__(self, *exception) -> None:
         # After `publish` nothing of that name is left; before it, what is there is unfinished.
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, BarberError):
             self._open.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an operating-system error into one that names the file."""
+    """Turn an operating-system error into one that names the file: `path`, or the copy in it that failed."""
     try:
         yield
     except OSError as error:
-        raise BarberError(f"cannot write {path}: {error.strerror or error}") from error
+        cause = error.strerror or error
+        raise BarberError(
+            f"cannot write {error.filename2 or path}: {cause}; make room there or write to another place"
+        ) from error

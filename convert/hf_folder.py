@@ -1,6 +1,7 @@
 """Hugging Face checkpoints: a local folder of safetensors, or the needed files of a Hub repository."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from barber_jax import hub
 from barber_jax.convert.checkpoint import Checkpoint
 from barber_jax.errors import BarberError
 
@@ -27,6 +29,9 @@ COMPANIONS = (
 )
 """Small files that travel with a model, as glob patterns."""
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""A folder with none of these has no tokenizer."""
+
 DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -42,13 +47,14 @@ class HFFolder(Checkpoint):
         self.folder = Path(folder)
         self.location = location or str(folder)
         self.config = _read_json(
-            self.folder / "config.json", f"{self.location}: no config.json: not a checkpoint folder"
+            self.folder / "config.json", f"{self.location}: no config.json: not a checkpoint folder; give one"
         )
         self.files = self._locate()
-        self._headers = {name: header for file in sorted(set(self.files.values())) for name, header in self._open(file)}
+        held = {file: dict(self._open(file)) for file in sorted(set(self.files.values()))}
         for name, file in self.files.items():
-            if name not in self._headers:
-                raise BarberError(f"{self.folder / file}: tensor {name}, named in {INDEX}, is not there")
+            if name not in held[file]:
+                raise BarberError(f"{self.folder / file}: no tensor {name}, which {INDEX} names; fetch both again")
+        self._headers = {name: held[file][name] for name, file in self.files.items()}
 
     def names(self) -> list[str]:
         return list(self.files)
@@ -74,6 +80,8 @@ class HFFolder(Checkpoint):
     def tokenizer(self):
         from transformers import AutoTokenizer
 
+        if not any((self.folder / file).is_file() for file in TOKENIZERS):
+            raise BarberError(f"{self.location}: no tokenizer there; put its files there or give token ids (.npy)")
         try:
             return AutoTokenizer.from_pretrained(self.folder)
         except Exception as error:
@@ -95,14 +103,17 @@ class HFFolder(Checkpoint):
             content = _read_json(index, f"{index}: missing")
             table = content.get("weight_map") if isinstance(content, dict) else None
             if not isinstance(table, dict) or not table:
-                raise BarberError(f"{index}: no weight_map in it")
-            for file in sorted(set(table.values())):
+                raise BarberError(f"{index}: no weight_map in it; fetch it again")
+            for name, file in table.items():
+                # The output has the same shards: with a path for a name they would be written over the source.
+                if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]{1,200}\.safetensors", file):
+                    raise BarberError(f"{index}: {file!r} ({name}) is not the name of a .safetensors file beside it")
                 if not (self.folder / file).is_file():
                     raise BarberError(f"{self.folder / file}: named in {INDEX} but not there; fetch the missing shard")
             return table
         if (self.folder / WEIGHTS).is_file():
             return {name: WEIGHTS for name, _ in self._open(WEIGHTS)}
-        raise BarberError(f"{self.location}: neither {WEIGHTS} nor {INDEX} in it")
+        raise BarberError(f"{self.location}: neither {WEIGHTS} nor {INDEX} in it; fetch the weights")
 
     def _open(self, file: str) -> list[tuple[str, tuple[tuple[int, ...], str]]]:
         path = self.folder / file
@@ -120,18 +131,31 @@ def download(repository: str) -> Path:
     Raises:
         BarberError: it is neither a path nor a repository that can be reached.
     """
-    from huggingface_hub import snapshot_download
-
     missing = f"{repository}: no such file or folder"
     if repository.count("/") > 1 or repository.startswith((".", "/", "~")):
-        raise BarberError(missing)
-    patterns = ["config.json", WEIGHTS, "model-*.safetensors", INDEX, *COMPANIONS]
+        raise BarberError(f"{missing}; check the path")
     try:
-        return Path(snapshot_download(repository, allow_patterns=patterns))
+        return _snapshot(repository)
     except Exception as error:
         # The hub client raises many types (offline, gated, not found); all end the run the same way.
         cause = str(error).strip().split("\n")[0]
         raise BarberError(f"{missing}, and it could not be fetched as a Hub id ({cause})") from None
+
+
+def _snapshot(repository: str) -> Path:
+    """A repository's files from the Hub or, if that cannot be reached, from the cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    patterns = ["config.json", WEIGHTS, "model-*.safetensors", INDEX, *COMPANIONS]
+    try:
+        hub.probe()
+    except Exception as unreachable:
+        try:
+            return Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=True))
+        except LocalEntryNotFoundError:
+            raise unreachable from None
+    return Path(snapshot_download(repository, allow_patterns=patterns))
 
 
 def _read_json(path: Path, absent: str) -> dict:
@@ -139,10 +163,10 @@ def _read_json(path: Path, absent: str) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BarberError(absent) from None
-    except (OSError, ValueError) as error:
-        raise BarberError(f"{path}: cannot be read as JSON ({error})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise BarberError(f"{path}: cannot be read as JSON ({error}); fetch it again") from None
     if not isinstance(content, dict):
-        raise BarberError(f"{path}: not a JSON object")
+        raise BarberError(f"{path}: not a JSON object; fetch it again")
     return content
 
 

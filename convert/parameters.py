@@ -1,9 +1,12 @@
 """Between Hugging Face tensors and Flax parameters, by a family's name table."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from barber_jax.convert.checkpoint import Checkpoint
 from barber_jax.errors import BarberError
+from barber_jax.models.decoder import Definition
 from barber_jax.models.family import Model
 
 
@@ -32,31 +35,41 @@ def check_tensors(checkpoint: Checkpoint, model: Model) -> None:
     Raises:
         BarberError: a tensor is missing, has the wrong shape or dtype, or has no place in the model.
     """
-    expected: dict[str, tuple[int, ...]] = {}
-
-    def add(definition, table):
-        for path, shape in definition.shapes:
-            expected[table[path]] = tuple(reversed(shape)) if path.endswith(".kernel") else shape
-
-    block = model.block()
-    add(model.embed(), model.names.embed)
-    add(model.head(), model.names.head)
-    for index in range(model.layers):
-        add(block, model.names.of_block(index))
     present = set(checkpoint.names())
-    for name, shape in expected.items():
-        if name not in present:
-            raise BarberError(f"{checkpoint.location}: tensor {name} is missing")
-        if checkpoint.shape(name) != shape:
-            given = list(checkpoint.shape(name))
-            raise BarberError(
-                f"{checkpoint.location}: tensor {name} has shape {given}, config.json asks for {list(shape)}"
-            )
-        checkpoint.dtype(name)
+    expected: set[str] = set()
+    # One part at a time: a wrong number of layers must fail at the first tensor that is not there, not list billions.
+    for definition, table in _parts(model):
+        for path, shape in definition.shapes:
+            name = table[path]
+            if name not in present:
+                raise BarberError(
+                    f"{checkpoint.location}: tensor {name} is missing; fetch the checkpoint again or mend config.json"
+                )
+            _check_shape(checkpoint, name, tuple(reversed(shape)) if path.endswith(".kernel") else shape)
+            checkpoint.dtype(name)
+            expected.add(name)
     # A head stored beside a tied embedding is the embedding's copy; Hugging Face ignores it too.
-    known = set(expected) | ({"lm_head.weight"} if model.tied_embedding else set())
+    known = expected | ({"lm_head.weight"} if model.tied_embedding else set())
     for name in sorted(present - known):
         if not name.endswith(model.names.ignored):
             raise BarberError(
                 f"{checkpoint.location}: tensor {name} has no place in a {model.model_type} of this config.json"
             )
+
+
+def _parts(model: Model) -> Iterator[tuple[Definition, dict[str, str]]]:
+    """Every part of a model with its name table."""
+    yield model.embed(), model.names.embed
+    yield model.head(), model.names.head
+    block = model.block()
+    for index in range(model.layers):
+        yield block, model.names.of_block(index)
+
+
+def _check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+    given = checkpoint.shape(name)
+    if given != shape:
+        raise BarberError(
+            f"{checkpoint.location}: tensor {name} has shape {list(given)}, config.json asks for {list(shape)}; "
+            "fetch both again from one place"
+        )

@@ -8,6 +8,7 @@ space; c4 the first 1100 documents of the first validation shard joined by a spa
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -92,20 +93,23 @@ def evaluation_ids(
     return text.tokenize(checkpoint.tokenizer(), whole)
 
 
-def cut_windows(ids: np.ndarray, length: int, windows: int | None, source: str) -> np.ndarray:
+def cut_windows(ids: np.ndarray, length: int, windows: int | None, source: str, vocabulary: int) -> np.ndarray:
     """Consecutive windows from the start: [tokens] -> int32 [windows, length].
 
     Raises:
-        BarberError: the text is too short for that many, or for one.
+        BarberError: the text is too short for that many, or for one; an id outside [0, vocabulary).
     """
     whole = ids.size // length
     wanted = whole if windows is None else windows
     if wanted < 1 or wanted > whole:
         raise BarberError(
             f"{source}: {ids.size} tokens give {whole} windows of --length {length}, not {max(wanted, 1)}; "
-            "lower --windows or --length, or give more text"
+            "ask for fewer windows, lower --length or give more text"
         )
-    return np.asarray(ids).reshape(-1)[: wanted * length].reshape(wanted, length).astype(np.int32)
+    cut = np.asarray(ids).reshape(-1)[: wanted * length].reshape(wanted, length)
+    # In the ids' own dtype: an id too large for int32 would come round to a small one.
+    check_ids(source, cut, vocabulary)
+    return cut.astype(np.int32)
 
 
 @partial(jax.jit, static_argnames="definition")
@@ -154,7 +158,7 @@ def perplexity(checkpoint: Checkpoint, model: Model, windows: np.ndarray, batch:
         `perplexity`, `nll` (mean over windows, nats), `windows`, `length`, and `tokens` (predicted ones).
 
     Raises:
-        BarberError: ids outside the vocabulary, or windows longer than the model's positions.
+        BarberError: windows longer than the model's positions, or a damaged tensor.
     """
     count, length = windows.shape
     if length > model.positions:
@@ -179,14 +183,13 @@ def evaluate(config: PerplexityConfig) -> dict:
     check_tensors(checkpoint, model)
     source = str(config.tokens or config.text or config.dataset)
     if config.tokens is not None:
-        ids = load_ids(config.tokens.expanduser())
+        ids = load_ids(Path(os.path.expanduser(config.tokens)))
     else:
         ids = evaluation_ids(checkpoint, path=config.text, dataset=config.dataset, text_field=config.text_field)
     limit = config.windows
     if limit is None and config.dataset == "c4":
         limit = C4_WINDOWS
-    windows = cut_windows(ids, config.length, limit, source)
-    check_ids(source, windows, model.vocabulary)
+    windows = cut_windows(ids, config.length, limit, source, model.vocabulary)
     return {"ckpt": config.ckpt, "source": source, **perplexity(checkpoint, model, windows, config.batch)}
 
 
@@ -194,11 +197,14 @@ def run(arguments: list[str] | None = None) -> None:
     """The command line: prints the perplexity, writes --json."""
     config = parse(PerplexityConfig, "barber_jax.eval.perplexity", arguments)
     set_precision()
+    if config.json is not None and not config.json.parent.is_dir():
+        # Before the work, not after it.
+        raise BarberError(f"--json {config.json}: there is no folder {config.json.parent}; create it first")
     result = evaluate(config)
+    print(f"perplexity {result['perplexity']:.4f} ({result['windows']} windows of {result['length']} tokens)")
     if config.json is not None:
         with writing(config.json):
             config.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"perplexity {result['perplexity']:.4f} ({result['windows']} windows of {result['length']} tokens)")
 
 
 if __name__ == "__main__":

@@ -59,8 +59,10 @@ class Rope:
 
     def inverse_frequencies(self, head_size: int) -> np.ndarray:
         """float32 [head_size / 2] radians per position."""
-        frequency = 1.0 / self.theta ** (np.arange(0, head_size, 2, dtype=np.float32) / np.float32(head_size))
-        frequency = frequency.astype(np.float32)
+        # The power in float64, everything else in float32: the last bits of PyTorch's table. A position multiplies an
+        # error here by up to the sequence length, which is enough to flip weights that nearly tie.
+        exponent = np.arange(0, head_size, 2, dtype=np.float32) / np.float32(head_size)
+        frequency = np.float32(1) / (self.theta ** exponent.astype(np.float64)).astype(np.float32)
         if self.kind == "linear":
             return frequency / np.float32(self.factor)
         if self.kind == "llama3":
