@@ -4,7 +4,9 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from barber_jax.errors import BarberError
 
@@ -113,7 +115,7 @@ class PruneConfig:
     """After pruning, measure the result's perplexity on this dataset (into run.json)."""
     eval_windows: int | None = None
     """How many windows of --length tokens to evaluate. Default: all."""
-    verbose: bool = False
+    verbose: Annotated[bool, tyro.conf.arg(aliases=["-v"])] = False
     """More detail: a line for every sub-block."""
 
     def __post_init__(self):

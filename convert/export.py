@@ -85,8 +85,7 @@ class FolderWriter:
         try:
             # First what is small: a tokenizer that cannot be written is known before the work, not after it.
             self.write_json("config.json", source.config)
-            with writing(self.folder):
-                source.save_tokenizer(self.folder)
+            self._save_tokenizer()
             self._files = {
                 file: self._open.enter_context(self._shard(file)) for file in sorted(set(source.files.values()))
             }
@@ -101,6 +100,16 @@ class FolderWriter:
         except BaseException:
             self.__exit__()
             raise
+
+    def _save_tokenizer(self) -> None:
+        try:
+            with writing(self.folder):
+                self._source.save_tokenizer(self.folder)
+        except BarberError:
+            raise
+        except Exception as error:
+            # What the tokenizers library raises has no type of its own, not even for a full disk.
+            raise BarberError(f"cannot write the tokenizer into {self.folder}: {error}; make room there") from error
 
     def _shard(self, file: str) -> SafetensorsWriter:
         held = [name for name, place in self._source.files.items() if place == file]

@@ -197,9 +197,9 @@ def run(arguments: list[str] | None = None) -> None:
     """The command line: prints the perplexity, writes --json."""
     config = parse(PerplexityConfig, "barber_jax.eval.perplexity", arguments)
     set_precision()
-    if config.json is not None and not config.json.parent.is_dir():
+    if config.json is not None and (config.json.is_dir() or not config.json.parent.is_dir()):
         # Before the work, not after it.
-        raise BarberError(f"--json {config.json}: there is no folder {config.json.parent}; create it first")
+        raise BarberError(f"--json {config.json} is a folder or lies in none; name a file in a folder that exists")
     result = evaluate(config)
     print(f"perplexity {result['perplexity']:.4f} ({result['windows']} windows of {result['length']} tokens)")
     if config.json is not None:

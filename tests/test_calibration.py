@@ -90,10 +90,11 @@ def test_every_format_gives_the_same_documents(tmp_path, kind):
     assert text.read_documents(write_documents(tmp_path, kind, documents, "body"), "body") == documents
 
 
-def test_txt_is_one_document_kept_as_it_is(tmp_path):
+def test_txt_is_one_document_with_universal_newlines(tmp_path):
     path = tmp_path / "a.txt"
-    path.write_bytes("\ufeff one\r\n\r\n twö \n".encode())
-    assert text.read_documents(path) == ["\ufeff one\r\n\r\n twö \n"]
+    path.write_bytes("\ufeff one\r\n\r\n twö \n\rthree\u2028\n".encode())
+    assert text.read_documents(path) == ["\ufeff one\n\n twö \n\nthree\u2028\n"]
+    assert text.read_documents(path) == [path.read_text(encoding="utf-8")]
 
 
 def test_the_only_split_is_read_whatever_its_name(tmp_path):
@@ -143,7 +144,7 @@ def test_refused_files(tmp_path, name, content, match):
 def test_refused_fields(tmp_path, kind):
     path = write_documents(tmp_path, kind, ["a"], "body")
     refused(path, r"no field 'text' \(fields: number, body\)")
-    refused(path, "field 'number' of row 0 is not text", text_field="number")
+    refused(path, "field 'number' of row 0 is not text; name another with --text-field", text_field="number")
 
 
 def test_a_missing_value_names_its_row(tmp_path):
@@ -336,7 +337,7 @@ def test_unknown_source_lists_what_is_known():
 
 @pytest.mark.parametrize("option", ["samples", "length"])
 def test_counts_below_one(option):
-    with pytest.raises(BarberError, match=f"{option} is 0; it must be at least 1"):
+    with pytest.raises(BarberError, match=f"--{option} 0: it must be at least 1"):
         calibrate("c4", **{option: 0})
 
 
@@ -364,11 +365,11 @@ def test_npy_gives_first_rows_and_columns_without_a_tokenizer(tmp_path, dtype):
         (np.zeros((2, 4), bool), "holds bool"),
         (np.zeros(8, np.int32), r"shape \(8,\) has 1 axes"),
         (np.zeros((0, 4), np.int32), "holds no ids"),
-        (np.zeros((1, 4), np.int32), "1 rows, but samples is 2"),
-        (np.zeros((2, 3), np.int32), "3 columns, but length is 4"),
-        (np.array([[1, 2, 3, 4], [5, VOCAB, -1, 7]]), f"id {VOCAB} at row 1, column 1 is outside"),
-        (np.array([[1, 2, 3, -4], [5, VOCAB, -1, 7]]), "id -4 at row 0, column 3 is outside"),
-        (np.array([[1, 2, 3, 2**40]] * 2), f"id {2**40} at row 0"),
+        (np.zeros((1, 4), np.int32), "1 rows, but --samples is 2"),
+        (np.zeros((2, 3), np.int32), "3 columns, but --length is 4"),
+        (np.array([[1, 2, 3, 4], [5, VOCAB, -1, 7]]), rf"id {VOCAB} at \[1, 1\] is outside"),
+        (np.array([[1, 2, 3, -4], [5, VOCAB, -1, 7]]), r"id -4 at \[0, 3\] is outside"),
+        (np.array([[1, 2, 3, 2**40]] * 2), rf"id {2**40} at \[0, 3\]"),
         (np.array([[None] * 4] * 2), "cannot be read"),
     ],
 )
