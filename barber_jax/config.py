@@ -8,16 +8,18 @@ from typing import Annotated, Literal
 
 import tyro
 
+from barber_jax.convert.formats import Format
 from barber_jax.errors import BarberError
 
-Method = Literal["magnitude", "wanda"]
+Method = Literal["magnitude", "wanda", "sparsegpt"]
 Granularity = Literal["block", "layer", "output1", "input1"]
 Metric = Literal["wd", "w", "d"]
-ComputeDtype = Literal["float32", "bfloat16", "float16"]
+ComputeDtype = Literal["float32", "bfloat16"]
 
 PUBLISHED: dict[str, tuple[Granularity, float]] = {
     "magnitude": ("block", 0.1),
     "wanda": ("output1", 0.01),
+    "sparsegpt": ("layer", 0.1),
 }
 """Starting criterion -> granularity and alpha as published (arXiv 2408.10631, table of settings)."""
 
@@ -76,23 +78,35 @@ class PruneConfig:
     """Prune a Hugging Face checkpoint and rebuild its mask (LLM-Barber, arXiv 2408.10631)."""
 
     ckpt: str
-    """Checkpoint to prune: a Hugging Face folder, a Hub id, or a .gguf file."""
+    """Checkpoint to prune: a folder (safetensors, PyTorch .bin or Orbax), a Hub id, or a .gguf file."""
     out: Path
     """Folder to write: the pruned checkpoint, masks.safetensors and run.json."""
-    method: Method = "wanda"
-    """Criterion that gives the starting mask."""
+    format: Format = "hf"
+    """What the pruned checkpoint is written as: hf (safetensors), orbax (Flax parameter tree and masks), or both."""
+    method: Method | None = None
+    """Criterion that gives the starting mask. Default wanda, unless --masks or --sparse-ckpt gives it."""
+    masks: Path | None = None
+    """Start from this mask file (masks.safetensors) instead of a criterion."""
+    sparse_ckpt: str | None = None
+    """Start from the zeros and the weights of this pruned checkpoint of the same model instead of a criterion."""
     sparsity: float | None = None
     """Fraction of weights to prune, in [0, 1). Default 0.5, or what an N:M pattern means."""
-    pattern: str = "unstructured"
-    """'unstructured', or N:M to keep N of every M consecutive inputs, such as 2:4."""
+    pattern: str | None = None
+    """'unstructured', or N:M to keep N of every M consecutive inputs, such as 2:4. Default: that of --masks, else
+    unstructured."""
     rebuild: bool = True
     """Rebuild the starting mask; without it the starting mask is the result."""
     granularity: Granularity | None = None
-    """Group in which weights compete during the rebuild. Default as published: wanda output1, magnitude block."""
+    """Group in which weights compete during the rebuild. Default as published: wanda (and given masks) output1,
+    magnitude block, sparsegpt layer."""
     alpha: float | None = None
-    """Fraction of the mask outliers to swap, in [0, 1]. Default as published: wanda 0.01, magnitude 0.1."""
+    """Fraction of the mask outliers to swap, in [0, 1]. Default as published: wanda (and given masks) 0.01, magnitude
+    and sparsegpt 0.1."""
     metric: Metric = "wd"
     """Rebuild score: wd = |weight| x gradient (the paper's), w = |weight|, d = gradient."""
+    retain_reconstruction: bool = False
+    """Keep the starting weights that sparsegpt (or --sparse-ckpt) updated through the rebuild, instead of going back to
+    the dense ones."""
     calibration: str = "c4"
     """c4, wikitext2, ptb, a .txt/.jsonl/.parquet/.arrow file, a saved dataset folder, or .npy token ids."""
     text_field: str = "text"
@@ -119,21 +133,18 @@ class PruneConfig:
     """More detail: a line for every sub-block."""
 
     def __post_init__(self):
-        for option in ("ckpt", "calibration"):
-            if not getattr(self, option):
-                # As a path it would mean the current folder.
-                raise BarberError(f"--{option} is empty; name what to read")
+        self._settle_start()
+        granularity, alpha = PUBLISHED[self.method or "wanda"]
         if self.granularity is None:
             # N:M keeps its groups inside an output, so another published default does not apply there.
-            structured = self.sparsity_pattern.structured
-            object.__setattr__(self, "granularity", "output1" if structured else PUBLISHED[self.method][0])
+            object.__setattr__(self, "granularity", "output1" if self.sparsity_pattern.structured else granularity)
         if self.alpha is None:
-            object.__setattr__(self, "alpha", PUBLISHED[self.method][1])
+            object.__setattr__(self, "alpha", alpha)
         if not 0 <= self.alpha <= 1:
             raise BarberError(f"--alpha {self.alpha:g} is outside [0, 1]")
         if self.rebuild and self.sparsity_pattern.structured and self.granularity != "output1":
             raise BarberError(
-                f"--granularity {self.granularity}: --pattern {self.pattern} is rebuilt within outputs; use output1"
+                f"--granularity {self.granularity}: N:M patterns are rebuilt within an output; use output1"
             )
         for option in ("samples", "length", "batch", "eval_windows"):
             value = getattr(self, option)
@@ -146,7 +157,21 @@ class PruneConfig:
         if self.eval_windows is not None and not (self.eval_text or self.eval_dataset):
             raise BarberError("--eval-windows needs --eval-text or --eval-dataset")
 
+    def _settle_start(self) -> None:
+        """Exactly one thing gives the starting mask: --method (wanda unless said), --masks or --sparse-ckpt."""
+        given = [name for name, value in (("--masks", self.masks), ("--sparse-ckpt", self.sparse_ckpt)) if value]
+        if len(given) == 2:
+            raise BarberError("--masks and --sparse-ckpt both give the starting mask; choose one")
+        if given and self.method:
+            raise BarberError(f"--method {self.method} and {given[0]} both give the starting mask; choose one")
+        if given and self.sparsity is not None:
+            raise BarberError(f"--sparsity {self.sparsity:g} conflicts with {given[0]}, which fixes the sparsity")
+        if not given and self.method is None:
+            object.__setattr__(self, "method", "wanda")
+        if self.retain_reconstruction and not (self.method == "sparsegpt" or self.sparse_ckpt):
+            raise BarberError("--retain-reconstruction needs updated weights: --method sparsegpt or --sparse-ckpt")
+
     @property
     def sparsity_pattern(self) -> SparsityPattern:
         """The pattern that --pattern and --sparsity mean together."""
-        return SparsityPattern.parse(self.pattern, self.sparsity)
+        return SparsityPattern.parse(self.pattern or "unstructured", self.sparsity)

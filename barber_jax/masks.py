@@ -98,6 +98,21 @@ def keep_highest(scores: jax.Array, prune: int, axes: tuple[int, ...]) -> jax.Ar
     return ~_lowest([_keys(scores)], [everything], jnp.int32(prune), axes)[0]
 
 
+def lowest_through(scores: jax.Array, index: int) -> jax.Array:
+    """Flags for every score at or below the value at `index` of the ascending scores of the whole array.
+
+    Args:
+        scores: non-negative float32, two axes.
+        index: in [0, size).
+
+    Returns:
+        bool of the same shape, at least index + 1 flags set.
+    """
+    keys = _keys(scores)
+    threshold = _bisect(jnp.int32(0), jnp.int32(MOST), lambda at: jnp.sum(keys <= at, dtype=jnp.int32) > index)
+    return keys <= threshold
+
+
 def _rank(keys: jax.Array, among: jax.Array) -> jax.Array:
     """int32 rank of every flagged entry among the flagged of its last axis, lowest key first, ties to the lower index.
 

@@ -28,12 +28,18 @@ def _error(a: jax.Array, b: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnames=("definition", "sub"))
 def importance(
-    definition: BlockDefinition, sub: SubBlock, parameters: Parameters, masks: dict[str, jax.Array], stream: jax.Array
+    definition: BlockDefinition,
+    sub: SubBlock,
+    parameters: Parameters,
+    start: Parameters,
+    masks: dict[str, jax.Array],
+    stream: jax.Array,
 ) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
     """Gradient importance of every weight of a sub-block, before the swap.
 
     Args:
         parameters: of the block, this sub-block's kernels dense.
+        start: kernel path -> starting weights [in, out] where the criterion updated them.
         masks: kernel path -> bool [out, in] starting mask.
         stream: [M, B, L, D] hidden state that enters the sub-block.
 
@@ -44,7 +50,7 @@ def importance(
     """
     kernels = {path: parameters[path].astype(jnp.float32) for path in sub.kernels}
 
-    sparse = sparsify(kernels, masks)
+    sparse = sparsify({**kernels, **start}, masks)
 
     def outcome(kernels: Parameters, x: jax.Array) -> jax.Array:
         return definition.bind({**parameters, **kernels}).apply(sub.name, x)
@@ -68,6 +74,17 @@ def importance(
     count = samples.shape[0]
     root = jax.tree.map(lambda square: jnp.sqrt(square / count), squares)
     return root, errors / count, dense.reshape(stream.shape)
+
+
+@jax.jit
+def survivors(dense: Parameters, start: Parameters, masks: dict[str, jax.Array]) -> Parameters:
+    """Weights that the score uses and that survive when the starting criterion's updates are retained: the updated
+    weight where the starting mask keeps it, the dense one where a weight may be revived.
+
+    Args:
+        dense, start: kernel path -> [in, out]. masks: kernel path -> bool [out, in] starting mask.
+    """
+    return {path: jnp.where(masks[path].T, weight, dense[path]) for path, weight in start.items()}
 
 
 @partial(jax.jit, static_argnames=("sub", "metric", "granularity", "pattern"))

@@ -55,12 +55,14 @@ def totals(blocks: list[dict]) -> dict:
     return out
 
 
-def run_record(config: PruneConfig, model: Model, blocks: list[dict], seconds: float, perplexity: dict | None) -> dict:
+def run_record(
+    config: PruneConfig, sparsity: float, model: Model, blocks: list[dict], seconds: float, perplexity: dict | None
+) -> dict:
     """The content of run.json."""
     options = {
         key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(config).items()
     }
-    options["sparsity"] = config.sparsity_pattern.sparsity
+    options |= {"sparsity": sparsity, "pattern": str(config.sparsity_pattern)}
     record = {
         "format": "barber_jax.run",
         "version": 1,

@@ -12,6 +12,9 @@ import numpy as np
 
 from barber_jax.errors import BarberError
 
+LARGEST_FILE = 5 * 10**9
+"""Bytes of tensors in one safetensors file, where the source says nothing of files."""
+
 
 class Checkpoint(abc.ABC):
     """A checkpoint opened for reading.
@@ -66,7 +69,9 @@ class Checkpoint(abc.ABC):
 
 
 def open_checkpoint(spec: str) -> Checkpoint:
-    """Open a local Hugging Face folder, a .gguf file, or a Hub id.
+    """Open a local folder (safetensors, PyTorch .bin or Orbax), a .gguf file, or a Hub id.
+
+    Of several formats in one folder, safetensors is read, then .bin.
 
     Raises:
         BarberError: nothing of the kind exists there, or it is damaged.
@@ -76,13 +81,45 @@ def open_checkpoint(spec: str) -> Checkpoint:
         from barber_jax.convert.gguf_file import GGUFCheckpoint
 
         return GGUFCheckpoint(path)
-    from barber_jax.convert.hf_folder import HFFolder, download
-
     if path.is_dir():
-        return HFFolder(path)
+        return _open_folder(path)
     if path.exists():
         raise BarberError(f"{spec}: neither a checkpoint folder nor a .gguf file; give one of these")
-    return HFFolder(download(spec), location=spec)
+    from barber_jax.convert.download import download
+
+    return _open_folder(download(spec), location=spec)
+
+
+def _open_folder(folder: Path, location: str | None = None) -> Checkpoint:
+    from barber_jax.convert.folder import ORBAX
+    from barber_jax.convert.hf_folder import HFFolder
+    from barber_jax.convert.torch_bin import TorchBinFolder
+
+    for kind in (HFFolder, TorchBinFolder):
+        if kind.found(folder):
+            return kind(folder, location)
+    if (folder / ORBAX).is_dir():
+        from barber_jax.convert.orbax_folder import OrbaxCheckpoint
+
+        return OrbaxCheckpoint(folder, location)
+    # Says what is missing.
+    return HFFolder(folder, location)
+
+
+def split_files(sizes: dict[str, int], largest: int = LARGEST_FILE) -> dict[str, str]:
+    """Which safetensors file each tensor goes to, in order, each file at most `largest` bytes of tensors.
+
+    A single tensor larger than that gets a file of its own.
+    """
+    numbers, number, filled = {}, 1, 0
+    for name, size in sizes.items():
+        if filled and filled + size > largest:
+            number, filled = number + 1, 0
+        numbers[name] = number
+        filled += size
+    if number == 1:
+        return dict.fromkeys(sizes, "model.safetensors")
+    return {name: f"model-{each:05d}-of-{number:05d}.safetensors" for name, each in numbers.items()}
 
 
 def _starts_with(path: Path, magic: bytes) -> bool:

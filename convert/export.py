@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,14 +63,21 @@ class FolderWriter:
     Args:
         out: the folder's final name.
         source: where names, dtypes, layout, configuration and tokenizer come from.
-        pruned: names of the weights that get a mask.
+        pruned: names of the weights that get a mask; without any there is no mask file.
         pattern, sparsity: for the mask file's header.
 
     Raises:
         BarberError: nothing can be written there.
     """
 
-    def __init__(self, out: Path, source: Checkpoint, pruned: list[str], pattern: str, sparsity: float):
+    def __init__(
+        self,
+        out: Path,
+        source: Checkpoint,
+        pruned: Sequence[str] = (),
+        pattern: str = "unstructured",
+        sparsity: float = 0.0,
+    ):
         self.out = _absolute(out)
         self.folder = self.out.with_name(self.out.name + ".partial")
         self._source = source
@@ -89,14 +96,8 @@ class FolderWriter:
             self._files = {
                 file: self._open.enter_context(self._shard(file)) for file in sorted(set(source.files.values()))
             }
-            shapes = {name: source.shape(name) for name in pruned}
-            self._masks = self._open.enter_context(
-                SafetensorsWriter(
-                    self.folder / MASKS,
-                    {name: (np.dtype(np.uint8), (packed_length(shape),)) for name, shape in shapes.items()},
-                    mask_metadata(pattern, sparsity, shapes),
-                )
-            )
+            if pruned:
+                self._masks = self._open.enter_context(self._mask_file(pruned, pattern, sparsity))
         except BaseException:
             self.__exit__()
             raise
@@ -115,6 +116,11 @@ class FolderWriter:
         held = [name for name, place in self._source.files.items() if place == file]
         tensors = {name: (self._source.dtype(name), self._source.shape(name)) for name in held}
         return SafetensorsWriter(self.folder / file, tensors, {"format": "pt"})
+
+    def _mask_file(self, pruned: Sequence[str], pattern: str, sparsity: float) -> SafetensorsWriter:
+        shapes = {name: self._source.shape(name) for name in pruned}
+        tensors = {name: (np.dtype(np.uint8), (packed_length(shape),)) for name, shape in shapes.items()}
+        return SafetensorsWriter(self.folder / MASKS, tensors, mask_metadata(pattern, sparsity, shapes))
 
     def write(self, name: str, tensor: np.ndarray) -> None:
         """Write one tensor [out, in] in the source's dtype."""

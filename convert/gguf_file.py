@@ -11,7 +11,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
-from barber_jax.convert.checkpoint import Checkpoint
+from barber_jax.convert.checkpoint import Checkpoint, split_files
 from barber_jax.convert.gguf_config import llama_config
 from barber_jax.convert.gguf_header import Header, StoredTensor, read_header
 from barber_jax.convert.gguf_tokenizer import build_tokenizer, has_tokenizer, special_ids
@@ -20,7 +20,6 @@ from barber_jax.errors import BarberError
 # Hugging Face's llama has a bias on all four attention projections or on none; a model that has it on the first three
 # only (as llama.cpp allows) is the same model with zeros here.
 OPTIONAL = "attn_output.bias"
-LARGEST_FILE = 5 * 10**9
 ROPE_FREQS = "rope_freqs.weight"
 PLAIN = {
     GGMLQuantizationType.F32: np.dtype(np.float32),
@@ -188,22 +187,6 @@ def unpermute(value: np.ndarray, heads: int) -> np.ndarray:
     """
     half = value.shape[0] // heads // 2
     return value.reshape(heads, half, 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
-
-
-def split_files(sizes: dict[str, int], largest: int = LARGEST_FILE) -> dict[str, str]:
-    """Which safetensors file each tensor goes to, in order, each file at most `largest` bytes of tensors.
-
-    A single tensor larger than that gets a file of its own.
-    """
-    numbers, number, filled = {}, 1, 0
-    for name, size in sizes.items():
-        if filled and filled + size > largest:
-            number, filled = number + 1, 0
-        numbers[name] = number
-        filled += size
-    if number == 1:
-        return dict.fromkeys(sizes, "model.safetensors")
-    return {name: f"model-{each:05d}-of-{number:05d}.safetensors" for name, each in numbers.items()}
 
 
 def _has_bias(header: Header, modules: dict[str, str]) -> bool:

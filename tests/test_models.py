@@ -7,17 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from models import BASE, logits, write_model
+from models import IDS, assert_same_logits, logits, our_logits, write_model
 
 from barber_jax.convert.checkpoint import open_checkpoint
-from barber_jax.convert.parameters import check_tensors, read_parameters, to_flax, to_hf
+from barber_jax.convert.parameters import read_parameters, to_flax, to_hf
 from barber_jax.errors import BarberError
-from barber_jax.eval import forward
 from barber_jax.models import build_model
 from barber_jax.models.decoder import nested
 from barber_jax.models.rope import Rope
-
-IDS = np.random.default_rng(0).integers(0, BASE["vocab_size"], (1, 3, 40)).astype(np.int32)
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -43,17 +40,10 @@ LAYOUTS = {
 }
 
 
-def our_logits(folder, dtype=jnp.float32):
-    checkpoint = open_checkpoint(str(folder))
-    model = build_model(checkpoint.config, jnp.dtype(dtype))
-    check_tensors(checkpoint, model)
-    return np.concatenate([np.asarray(batch) for batch in forward.logits(checkpoint, model, IDS)])
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_llama_logits_agree_with_transformers(layout, tmp_path):
     reference = write_model(tmp_path, **LAYOUTS[layout])
-    np.testing.assert_allclose(our_logits(tmp_path), logits(reference, IDS[0]), atol=1e-4, rtol=0)
+    assert_same_logits(tmp_path, reference)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +59,7 @@ def test_old_spelling_of_rope(rope, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     del config["rope_parameters"]
     (tmp_path / "config.json").write_text(json.dumps(config | rope))
-    np.testing.assert_allclose(our_logits(tmp_path), logits(reference, IDS[0]), atol=1e-4, rtol=0)
+    assert_same_logits(tmp_path, reference)
 
 
 def test_bfloat16_compute_is_close(tmp_path):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
@@ -13,12 +14,16 @@ class Criterion:
     """A starting criterion.
 
     Attributes:
-        statistic: activations [S, L, I] that enter a linear -> what `start` needs of them, float32, summed over
-            samples (the stream adds up micro-batches). None when the criterion looks at weights alone; then stream A
-            is not carried.
-        start: (weight float32 [O, I], statistic or None, number of samples, pattern) -> bool [O, I] mask, True =
-            kept. Traced; number of samples and pattern are static.
+        statistic: activations [S, L, I] that enter a linear -> what the criterion needs of them, float32, summed over
+            samples (the stream adds up micro-batches). None when it looks at weights alone; then no stream A is
+            carried.
+        start: (kernel float32 [I, O], prepared statistic or None, number of samples, pattern) -> bool [O, I] mask,
+            True = kept, and the updated kernel float32 [I, O], or None where the criterion leaves weights alone.
+            Traced; number of samples and pattern are static.
+        prepare: what is done once for all linears that read the same input, on the host: (statistic, number of
+            samples, input's name, say) -> prepared statistic. None: the statistic as it is. `say` prints a line.
     """
 
     statistic: Callable[[jax.Array], jax.Array] | None
-    start: Callable[[jax.Array, jax.Array | None, int, SparsityPattern], jax.Array]
+    start: Callable[[jax.Array, Any, int, SparsityPattern], tuple[jax.Array, jax.Array | None]]
+    prepare: Callable[[jax.Array, int, str, Callable[[str], None]], Any] | None = None

@@ -8,19 +8,19 @@ from barber_jax.config import SparsityPattern
 from barber_jax.criteria.criterion import Criterion
 
 
-def start(weight: jax.Array, statistic: None, samples: int, pattern: SparsityPattern) -> jax.Array:
+def start(kernel: jax.Array, statistic: None, samples: int, pattern: SparsityPattern) -> tuple[jax.Array, None]:
     """Prune the floor(p * O * I) weights of a matrix with the lowest |W|, or the lowest M-N of every group of M.
 
     Args:
-        weight: float32 [O, I].
+        kernel: float32 [I, O].
 
     Returns:
-        bool [O, I], True = kept.
+        bool [O, I] mask, True = kept; no updated weights.
     """
-    score = jnp.abs(weight)
+    score = jnp.abs(kernel.T)
     if pattern.structured:
-        return masks.keep_n_of_m(score, pattern.keep, pattern.of)
-    return masks.keep_highest(score, int(weight.size * pattern.sparsity), masks.AXES["layer"])
+        return masks.keep_n_of_m(score, pattern.keep, pattern.of), None
+    return masks.keep_highest(score, int(score.size * pattern.sparsity), masks.AXES["layer"]), None
 
 
 CRITERION = Criterion(statistic=None, start=start)

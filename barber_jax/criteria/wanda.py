@@ -21,21 +21,21 @@ def statistic(x: jax.Array) -> jax.Array:
     return jnp.sum(squares[:, 0], axis=0)
 
 
-def start(weight: jax.Array, squares: jax.Array, samples: int, pattern: SparsityPattern) -> jax.Array:
+def start(kernel: jax.Array, squares: jax.Array, samples: int, pattern: SparsityPattern) -> tuple[jax.Array, None]:
     """Score |W_oi| * sqrt(mean over samples of the sum over tokens of X_si^2); in every output prune the floor(p * I)
     lowest, or the lowest M-N of every group of M.
 
     Args:
-        weight: float32 [O, I].
+        kernel: float32 [I, O].
         squares: float32 [I], `statistic` summed over all samples.
 
     Returns:
-        bool [O, I], True = kept.
+        bool [O, I] mask, True = kept; no updated weights.
     """
-    score = jnp.abs(weight) * jnp.sqrt(squares / samples)
+    score = jnp.abs(kernel.T) * jnp.sqrt(squares / samples)
     if pattern.structured:
-        return masks.keep_n_of_m(score, pattern.keep, pattern.of)
-    return masks.keep_highest(score, int(weight.shape[1] * pattern.sparsity), masks.AXES["output1"])
+        return masks.keep_n_of_m(score, pattern.keep, pattern.of), None
+    return masks.keep_highest(score, int(score.shape[1] * pattern.sparsity), masks.AXES["output1"]), None
 
 
 CRITERION = Criterion(statistic=statistic, start=start)

@@ -1,10 +1,16 @@
 """Model families in Flax NNX, found by Hugging Face's `model_type`."""
 
 from barber_jax.errors import BarberError
-from barber_jax.models import llama
+from barber_jax.models import llama, mistral, opt, qwen
 from barber_jax.models.family import Model
 
-FAMILIES = {"llama": (llama.build, "LlamaForCausalLM")}
+FAMILIES = {
+    "llama": (llama.build, "LlamaForCausalLM"),
+    "mistral": (mistral.build, "MistralForCausalLM"),
+    "opt": (opt.build, "OPTForCausalLM"),
+    "qwen2": (qwen.build_qwen2, "Qwen2ForCausalLM"),
+    "qwen3": (qwen.build_qwen3, "Qwen3ForCausalLM"),
+}
 """model_type -> (builder, the one architecture that it is)."""
 
 

@@ -122,6 +122,14 @@ def rms_norm(size: int, epsilon: float, dtype, rngs: nnx.Rngs) -> nnx.RMSNorm:
     return nnx.RMSNorm(size, epsilon=epsilon, dtype=dtype, rngs=rngs)
 
 
+def layer_norm(size: int, affine: bool, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm with PyTorch's epsilon and float32 statistics, output in `dtype`; `affine` for scale and bias."""
+    # The fast variance, E[x^2] - E[x]^2, cancels where the mean is large, as it is in OPT's outlier features.
+    return nnx.LayerNorm(
+        size, epsilon=1e-5, dtype=dtype, use_bias=affine, use_scale=affine, use_fast_variance=False, rngs=rngs
+    )
+
+
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, window: int | None = None) -> jax.Array:
     """Causal scaled dot-product attention with a float32 softmax.
 

@@ -73,6 +73,10 @@ class Model:
         table = self.names.of_block(index)
         return {path: table[path] for sub in self.sub_blocks for path in sub.kernels}
 
+    def pruned_names(self) -> list[str]:
+        """Hugging Face names of every prunable weight, in order."""
+        return [name for index in range(self.layers) for name in self.kernel_names(index).values()]
+
 
 class HFConfig:
     """config.json read with care: a missing or odd entry is an error that names it."""
@@ -80,14 +84,15 @@ class HFConfig:
     def __init__(self, config: dict):
         self.raw = config
 
-    def size(self, key: str, default: int | None = None) -> int:
-        """A positive integer."""
+    def size(self, key: str, default: int | None = None, *, zero: bool = False) -> int:
+        """A positive integer, or 0 if `zero`."""
         value = self.raw.get(key)
         value = default if value is None else value
         if value is None:
             raise BarberError(f"config.json: {key} is missing")
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise BarberError(f"config.json: {key} must be a positive integer, not {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < (not zero):
+            wanted = "0 or a positive integer" if zero else "a positive integer"
+            raise BarberError(f"config.json: {key} must be {wanted}, not {value!r}")
         return value
 
     def number(self, key: str, default: float) -> float:

@@ -1,4 +1,7 @@
-"""LLaMA in Flax NNX: RMSNorm, rotary grouped-query attention, gated MLP (arXiv 2302.13971, 2307.09288)."""
+"""LLaMA in Flax NNX: RMSNorm, rotary grouped-query attention, gated MLP (arXiv 2302.13971, 2307.09288).
+
+The parts serve the relatives too (mistral.py, qwen.py): what those add are switches of `LlamaConfig`.
+"""
 
 from dataclasses import dataclass
 
@@ -28,7 +31,12 @@ SUB_BLOCKS = (
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The sizes and switches of a LLaMA-like decoder."""
+    """The sizes and switches of a LLaMA-like decoder.
+
+    Attributes:
+        qk_norm: RMSNorm over each head's query and key, before the rotation.
+        window: how many of the latest positions a query sees, itself included; None for all.
+    """
 
     vocabulary: int
     hidden: int
@@ -45,6 +53,8 @@ class LlamaConfig:
     mlp_bias: bool
     tied: bool
     rope: Rope
+    qk_norm: bool = False
+    window: int | None = None
 
 
 class LlamaAttention(nnx.Module):
@@ -56,15 +66,19 @@ class LlamaAttention(nnx.Module):
         self.k_proj = linear(config.hidden, keys, config.qkv_bias, dtype, rngs)
         self.v_proj = linear(config.hidden, keys, config.qkv_bias, dtype, rngs)
         self.o_proj = linear(queries, config.hidden, config.o_bias, dtype, rngs)
+        if config.qk_norm:
+            self.q_norm = rms_norm(config.head_size, config.norm_epsilon, dtype, rngs)
+            self.k_norm = rms_norm(config.head_size, config.norm_epsilon, dtype, rngs)
         self.config = config
 
     def __call__(self, x: jax.Array, tap: Tap) -> jax.Array:
-        rope, size = self.config.rope, self.config.head_size
-        heads = (*x.shape[:2], -1, size)
+        config = self.config
+        heads = (*x.shape[:2], -1, config.head_size)
         tap("self_attn.in", x)
-        q = rope.rotate(self.q_proj(x).reshape(heads))
-        k = rope.rotate(self.k_proj(x).reshape(heads))
-        mixed = attend(q, k, self.v_proj(x).reshape(heads), size**-0.5)
+        q, k, v = (projection(x).reshape(heads) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        if config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        mixed = attend(config.rope.rotate(q), config.rope.rotate(k), v, config.head_size**-0.5, config.window)
         tap("self_attn.mid", mixed)
         return self.o_proj(mixed)
 
@@ -104,7 +118,7 @@ class LlamaHead(nnx.Module):
 
 
 def read_config(raw: dict) -> LlamaConfig:
-    """config.json of a LLaMA model -> LlamaConfig.
+    """config.json of a LLaMA model, with LLaMA's defaults -> LlamaConfig.
 
     Raises:
         BarberError: an entry is missing, contradictory or not supported; the message names it.
@@ -139,6 +153,8 @@ def names(config: LlamaConfig) -> Names:
     """The name table for the parameters that this configuration has."""
     layer = "model.layers.{i}."
     block = {f"{norm}.scale": f"{layer}{norm}.weight" for norm in ("input_layernorm", "post_attention_layernorm")}
+    if config.qk_norm:
+        block |= {f"self_attn.{norm}.scale": f"{layer}self_attn.{norm}.weight" for norm in ("q_norm", "k_norm")}
     biased = {"q_proj": config.qkv_bias, "k_proj": config.qkv_bias, "v_proj": config.qkv_bias, "o_proj": config.o_bias}
     for sub in SUB_BLOCKS:
         for path, _ in sub.linears:
@@ -158,9 +174,13 @@ def names(config: LlamaConfig) -> Names:
 
 def build(raw: dict, dtype) -> Model:
     """A LLaMA `Model` that computes in `dtype`."""
-    config = read_config(raw)
+    return model("llama", read_config(raw), dtype)
+
+
+def model(model_type: str, config: LlamaConfig, dtype) -> Model:
+    """A `Model` of LLaMA or one of its relatives."""
     return Model(
-        model_type="llama",
+        model_type=model_type,
         layers=config.layers,
         vocabulary=config.vocabulary,
         hidden=config.hidden,

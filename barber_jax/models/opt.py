@@ -1,0 +1,230 @@
+"""OPT in Flax NNX: LayerNorm, learned positions, multi-head attention, two-layer MLP (arXiv 2205.01068).
+
+Two layouts. Pre-norm (all sizes but one): a sub-block reads the norm of the hidden state, and a last norm stands
+before the head. Post-norm (the 350m layout): a sub-block reads the hidden state itself, its norm comes after the
+residual, there is no last norm, and the embedding may be narrower than the hidden state.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from barber_jax.models.decoder import ACTIVATIONS, Block, SubBlock, Tap, attend, layer_norm, linear
+from barber_jax.models.family import HFConfig, Model, Names
+
+SUB_BLOCKS = (
+    SubBlock(
+        "self_attn",
+        (
+            ("self_attn.q_proj", "self_attn.in"),
+            ("self_attn.k_proj", "self_attn.in"),
+            ("self_attn.v_proj", "self_attn.in"),
+            ("self_attn.out_proj", "self_attn.mid"),
+        ),
+    ),
+    SubBlock("mlp", (("mlp.fc1", "mlp.in"), ("mlp.fc2", "mlp.mid"))),
+)
+
+POSITION_OFFSET = 2
+"""The first position's row of the position table; the rows before it are padding's, never read."""
+
+
+@dataclass(frozen=True)
+class OPTConfig:
+    """The sizes and switches of an OPT decoder; `embedding` is the width of a token's embedding."""
+
+    vocabulary: int
+    embedding: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    positions: int
+    activation: str
+    bias: bool
+    affine_norm: bool
+    pre_norm: bool
+    final_norm: bool
+    tied: bool
+
+    @property
+    def projected(self) -> bool:
+        """Whether the embedding is projected to the hidden size and back."""
+        return self.embedding != self.hidden
+
+
+class OPTAttention(nnx.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, config: OPTConfig, dtype, rngs: nnx.Rngs):
+        self.q_proj = linear(config.hidden, config.hidden, config.bias, dtype, rngs)
+        self.k_proj = linear(config.hidden, config.hidden, config.bias, dtype, rngs)
+        self.v_proj = linear(config.hidden, config.hidden, config.bias, dtype, rngs)
+        self.out_proj = linear(config.hidden, config.hidden, config.bias, dtype, rngs)
+        self.head_size = config.hidden // config.heads
+
+    def __call__(self, x: jax.Array, tap: Tap) -> jax.Array:
+        heads = (*x.shape[:2], -1, self.head_size)
+        tap("self_attn.in", x)
+        # The query is scaled and not the score, as Hugging Face does it: the same roundings.
+        q = (self.q_proj(x) * self.head_size**-0.5).reshape(heads)
+        mixed = attend(q, self.k_proj(x).reshape(heads), self.v_proj(x).reshape(heads), 1.0)
+        tap("self_attn.mid", mixed)
+        return self.out_proj(mixed)
+
+
+class OPTMLP(nnx.Module):
+    """fc2(act(fc1(x)))."""
+
+    def __init__(self, config: OPTConfig, dtype, rngs: nnx.Rngs):
+        self.fc1 = linear(config.hidden, config.intermediate, config.bias, dtype, rngs)
+        self.fc2 = linear(config.intermediate, config.hidden, config.bias, dtype, rngs)
+        self.activation = config.activation
+
+    def __call__(self, x: jax.Array, tap: Tap) -> jax.Array:
+        tap("mlp.in", x)
+        inner = ACTIVATIONS[self.activation](self.fc1(x))
+        tap("mlp.mid", inner)
+        return self.fc2(inner)
+
+
+class OPTBlock(Block):
+    """Attention, then MLP, in either layout.
+
+    Pre-norm: `enter` normalises. Post-norm: `enter` is the identity, so the input that a sub-block is pruned and
+    rebuilt on is the hidden state, which is what its linears really read; `leave` normalises after the residual. The
+    reconstruction loss is on the sub-block's output in both, before residual and norm.
+    """
+
+    def __init__(self, config: OPTConfig, dtype, rngs: nnx.Rngs):
+        self.self_attn_layer_norm = layer_norm(config.hidden, config.affine_norm, dtype, rngs)
+        self.self_attn = OPTAttention(config, dtype, rngs)
+        self.final_layer_norm = layer_norm(config.hidden, config.affine_norm, dtype, rngs)
+        self.mlp = OPTMLP(config, dtype, rngs)
+        self.pre_norm = config.pre_norm
+
+    def enter(self, sub: str, hidden: jax.Array) -> jax.Array:
+        return self._norm(sub, hidden) if self.pre_norm else hidden
+
+    def leave(self, sub: str, hidden: jax.Array, y: jax.Array) -> jax.Array:
+        after = super().leave(sub, hidden, y)
+        return after if self.pre_norm else self._norm(sub, after)
+
+    def _norm(self, sub: str, x: jax.Array) -> jax.Array:
+        return (self.self_attn_layer_norm if sub == "self_attn" else self.final_layer_norm)(x)
+
+
+class OPTEmbed(nnx.Module):
+    """Token embedding, projected where it is narrower than the hidden state, plus learned positions."""
+
+    def __init__(self, config: OPTConfig, dtype, rngs: nnx.Rngs):
+        self.embed_tokens = nnx.Embed(config.vocabulary, config.embedding, dtype=dtype, rngs=rngs)
+        self.project_in = linear(config.embedding, config.hidden, False, dtype, rngs) if config.projected else None
+        self.embed_positions = nnx.Embed(config.positions + POSITION_OFFSET, config.hidden, dtype=dtype, rngs=rngs)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        tokens = self.embed_tokens(ids)
+        if self.project_in is not None:
+            tokens = self.project_in(tokens)
+        return tokens + self.embed_positions(jnp.arange(ids.shape[-1]) + POSITION_OFFSET)
+
+
+class OPTHead(nnx.Module):
+    """Final norm and projection, where the layout has them, and the language-model head."""
+
+    def __init__(self, config: OPTConfig, dtype, rngs: nnx.Rngs):
+        norm = config.final_norm
+        self.final_layer_norm = layer_norm(config.hidden, config.affine_norm, dtype, rngs) if norm else None
+        self.project_out = linear(config.hidden, config.embedding, False, dtype, rngs) if config.projected else None
+        self.lm_head = linear(config.embedding, config.vocabulary, False, dtype, rngs)
+
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        if self.final_layer_norm is not None:
+            hidden = self.final_layer_norm(hidden)
+        if self.project_out is not None:
+            hidden = self.project_out(hidden)
+        return self.lm_head(hidden)
+
+
+def read_config(raw: dict) -> OPTConfig:
+    """config.json of an OPT model -> OPTConfig.
+
+    Raises:
+        BarberError: an entry is missing, contradictory or not supported; the message names it.
+    """
+    config = HFConfig(raw)
+    hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
+    config.multiple("hidden_size", "num_attention_heads", hidden, heads)
+    pre_norm = config.flag("do_layer_norm_before", True)
+    return OPTConfig(
+        vocabulary=config.size("vocab_size"),
+        embedding=config.size("word_embed_proj_dim", hidden),
+        hidden=hidden,
+        intermediate=config.size("ffn_dim"),
+        layers=config.size("num_hidden_layers"),
+        heads=heads,
+        positions=config.size("max_position_embeddings", 2048),
+        activation=config.activation("activation_function", "relu"),
+        bias=config.flag("enable_bias", True),
+        affine_norm=config.flag("layer_norm_elementwise_affine", True),
+        pre_norm=pre_norm,
+        final_norm=pre_norm and not config.flag("_remove_final_layer_norm", False),
+        tied=config.flag("tie_word_embeddings", True),
+    )
+
+
+def names(config: OPTConfig) -> Names:
+    """The name table for the parameters that this configuration has."""
+    decoder, layer = "model.decoder.", "model.decoder.layers.{i}."
+
+    def norm(name: str, prefix: str) -> dict[str, str]:
+        if not config.affine_norm:
+            return {}
+        return {f"{name}.scale": f"{prefix}{name}.weight", f"{name}.bias": f"{prefix}{name}.bias"}
+
+    def projection(name: str) -> dict[str, str]:
+        return {f"{name}.kernel": f"{decoder}{name}.weight"} if config.projected else {}
+
+    block = norm("self_attn_layer_norm", layer) | norm("final_layer_norm", layer)
+    for sub in SUB_BLOCKS:
+        for path, _ in sub.linears:
+            # Hugging Face has no module for the MLP: fc1 and fc2 stand in the layer itself.
+            name = layer + path.removeprefix("mlp.")
+            block[f"{path}.kernel"] = f"{name}.weight"
+            if config.bias:
+                block[f"{path}.bias"] = f"{name}.bias"
+    tokens = f"{decoder}embed_tokens.weight"
+    return Names(
+        embed={
+            "embed_tokens.embedding": tokens,
+            **projection("project_in"),
+            "embed_positions.embedding": f"{decoder}embed_positions.weight",
+        },
+        block=block,
+        head={
+            **(norm("final_layer_norm", decoder) if config.final_norm else {}),
+            **projection("project_out"),
+            "lm_head.kernel": tokens if config.tied else "lm_head.weight",
+        },
+        ignored=("decoder.version",),
+    )
+
+
+def build(raw: dict, dtype) -> Model:
+    """An OPT `Model` that computes in `dtype`."""
+    config = read_config(raw)
+    return Model(
+        model_type="opt",
+        layers=config.layers,
+        vocabulary=config.vocabulary,
+        hidden=config.hidden,
+        positions=config.positions,
+        sub_blocks=SUB_BLOCKS,
+        names=names(config),
+        tied_embedding=config.tied,
+        make_embed=lambda rngs: OPTEmbed(config, dtype, rngs),
+        make_block=lambda rngs: OPTBlock(config, dtype, rngs),
+        make_head=lambda rngs: OPTHead(config, dtype, rngs),
+    )

@@ -1,0 +1,68 @@
+"""Qwen's relatives of LLaMA.
+
+Qwen2 (arXiv 2407.10671): biases on the query, key and value projections alone.
+Qwen3 (arXiv 2505.09388): each head's queries and keys go through an RMSNorm; head_dim is independent of hidden_size.
+"""
+
+from dataclasses import replace
+
+from barber_jax.errors import BarberError
+from barber_jax.models import llama
+from barber_jax.models.family import HFConfig, Model
+
+DEFAULTS = {
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+"""What an absent entry of config.json means, where it differs from LLaMA. A null entry is not an absent one."""
+
+
+def build_qwen2(raw: dict, dtype) -> Model:
+    """A Qwen2 (or Qwen2.5) `Model` that computes in `dtype`.
+
+    Raises:
+        BarberError: an entry of config.json is missing, contradictory or not supported; the message names it.
+    """
+    raw = {**DEFAULTS, **raw}
+    config = llama.read_config(raw)
+    config = replace(
+        config, qkv_bias=True, o_bias=False, mlp_bias=False, window=common_window(HFConfig(raw), config.layers)
+    )
+    return llama.model("qwen2", config, dtype)
+
+
+def build_qwen3(raw: dict, dtype) -> Model:
+    """A Qwen3 `Model` that computes in `dtype`.
+
+    Raises:
+        BarberError: an entry of config.json is missing, contradictory or not supported; the message names it.
+    """
+    raw = {**DEFAULTS, "head_dim": 128, **raw}
+    config = llama.read_config(raw)
+    config = replace(config, qk_norm=True, mlp_bias=False, window=common_window(HFConfig(raw), config.layers))
+    return llama.model("qwen3", config, dtype)
+
+
+def common_window(config: HFConfig, layers: int) -> int | None:
+    """The window that every block's attention has, None for no window.
+
+    `layer_types` decides; where it is absent, blocks from number `max_window_layers` on slide.
+
+    Raises:
+        BarberError: blocks differ (all blocks must share one definition), or a kind or the window is not known.
+    """
+    slides = config.flag("use_sliding_window", False) and config.raw["sliding_window"] is not None
+    kinds = config.raw.get("layer_types")
+    if kinds is None:
+        first = config.size("max_window_layers", zero=True) if slides else layers
+        kinds = ["sliding_attention" if index >= first else "full_attention" for index in range(layers)]
+    if kinds == ["full_attention"] * layers:
+        return None
+    if kinds == ["sliding_attention"] * layers and slides:
+        return config.size("sliding_window")
+    raise BarberError(
+        f"config.json: layer_types must be full_attention for all {layers} blocks, or with use_sliding_window "
+        "sliding_attention for all; other layouts are not supported"
+    )

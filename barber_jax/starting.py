@@ -1,0 +1,136 @@
+"""Where the starting masks come from: a criterion, somebody's mask file, or the zeros of a pruned checkpoint."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from barber_jax import passes
+from barber_jax.config import SparsityPattern
+from barber_jax.convert.checkpoint import Checkpoint
+from barber_jax.convert.mask_file import Masks
+from barber_jax.convert.parameters import to_flax
+from barber_jax.criteria.criterion import Criterion
+from barber_jax.errors import BarberError
+from barber_jax.models.family import Model
+from barber_jax.passes import Parameters
+
+BlockMasks = dict[str, jax.Array]
+
+
+class Start(Protocol):
+    """Gives the starting masks of block after block.
+
+    Attributes:
+        needs_stream: whether it looks at activations under the starting masks (stream A).
+    """
+
+    needs_stream: bool
+
+    def __call__(self, index: int, dense: Parameters, stream: jax.Array | None) -> tuple[BlockMasks, Parameters]:
+        """Kernel path -> bool [out, in] mask, and kernel path -> starting weights [in, out] where they are not the
+        dense ones, in the dense ones' dtype."""
+
+
+@partial(jax.jit, static_argnames=("criterion", "samples", "pattern"))
+def _start_matrix(
+    criterion: Criterion, kernel: jax.Array, prepared: Any, samples: int, pattern: SparsityPattern
+) -> tuple[jax.Array, jax.Array | None]:
+    mask, updated = criterion.start(kernel.astype(jnp.float32), prepared, samples, pattern)
+    # Rounded at once to what will be written, so that the streams carry the very weights of the result.
+    return mask, None if updated is None else updated.astype(kernel.dtype)
+
+
+class CriterionStart:
+    """Starting masks by a criterion, from a forward of the still dense block on stream A."""
+
+    def __init__(
+        self, criterion: Criterion, model: Model, samples: int, pattern: SparsityPattern, say: Callable[[str], None]
+    ):
+        self._criterion, self._model, self._samples, self._pattern = criterion, model, samples, pattern
+        self._say, self._block = say, model.block()
+        self.needs_stream = criterion.statistic is not None
+
+    def __call__(self, index: int, dense: Parameters, stream: jax.Array | None) -> tuple[BlockMasks, Parameters]:
+        criterion, seen = self._criterion, {}
+        if stream is not None:
+            seen = passes.statistics(self._block, criterion.statistic, dense, stream)
+        if criterion.prepare:
+            where = f"block {index}, "
+            seen = {n: criterion.prepare(s, self._samples, where + n, self._say) for n, s in seen.items()}
+        masks, weights = {}, {}
+        for sub in self._model.sub_blocks:
+            for linear, entering in sub.linears:
+                path = f"{linear}.kernel"
+                masks[path], updated = _start_matrix(
+                    criterion, dense[path], seen.get(entering), self._samples, self._pattern
+                )
+                if updated is not None:
+                    weights[path] = updated
+        return masks, weights
+
+
+class MaskFileStart:
+    """Starting masks out of a masks.safetensors file.
+
+    Raises:
+        BarberError: names or shapes do not fit the model.
+    """
+
+    needs_stream = False
+
+    def __init__(self, masks: Masks, checkpoint: Checkpoint, model: Model, pattern: SparsityPattern):
+        self._masks, self._model, self._pattern = masks, model, pattern
+        wanted = {name: checkpoint.shape(name) for name in model.pruned_names()}
+        for name, shape in wanted.items():
+            if name not in masks.shapes:
+                raise BarberError(f"{masks.path}: no mask for {name}; it is not a mask file of this model")
+            if masks.shapes[name] != shape:
+                given = list(masks.shapes[name])
+                raise BarberError(f"{masks.path}: the mask of {name} is {given}, the model's weight {list(shape)}")
+        for name in masks.names():
+            if name not in wanted:
+                raise BarberError(f"{masks.path}: mask {name} has no weight to prune in this model")
+
+    def __call__(self, index: int, dense: Parameters, stream: jax.Array | None) -> tuple[BlockMasks, Parameters]:
+        masks = {path: self._masks.read(name) for path, name in self._model.kernel_names(index).items()}
+        for path, mask in masks.items():
+            check_pattern(mask, self._pattern, f"{self._masks.path}: {self._model.kernel_names(index)[path]}")
+        return {path: jnp.asarray(mask) for path, mask in masks.items()}, {}
+
+
+class SparseCheckpointStart:
+    """Starting masks from the zeros of a pruned checkpoint, starting weights from its other weights.
+
+    The checkpoint's tensors must have been checked against the model.
+    """
+
+    needs_stream = False
+
+    def __init__(self, sparse: Checkpoint, model: Model, pattern: SparsityPattern):
+        self._sparse, self._model, self._pattern = sparse, model, pattern
+
+    def __call__(self, index: int, dense: Parameters, stream: jax.Array | None) -> tuple[BlockMasks, Parameters]:
+        masks, weights = {}, {}
+        for path, name in self._model.kernel_names(index).items():
+            tensor = self._sparse.read(name)
+            mask = tensor != 0
+            check_pattern(mask, self._pattern, f"{self._sparse.location}: {name}")
+            masks[path] = jnp.asarray(mask)
+            weights[path] = jnp.asarray(to_flax(path, tensor)).astype(dense[path].dtype)
+        return masks, weights
+
+    def sparsity(self) -> float:
+        """Fraction of zeros in all prunable weights: reads them all, one at a time."""
+        names = self._model.pruned_names()
+        zeros = sum(int(np.count_nonzero(self._sparse.read(name) == 0)) for name in names)
+        return zeros / sum(self._sparse.size(name) for name in names)
+
+
+def check_pattern(mask: np.ndarray, pattern: SparsityPattern, what: str) -> None:
+    """Raise BarberError unless the mask bool [out, in] keeps exactly N of every M."""
+    if pattern.structured and not (mask.reshape(-1, pattern.of).sum(axis=1) == pattern.keep).all():
+        raise BarberError(f"{what} does not keep {pattern.keep} of every {pattern.of} inputs; leave out --pattern")

@@ -1,0 +1,179 @@
+"""Orbax checkpoints: the Flax parameter tree of a whole `Decoder`, and its masks.
+
+DIR/orbax holds one tree that `orbax.checkpoint.PyTreeCheckpointer().restore` gives back as nested dicts:
+
+    params: embed.*, layers.N.*, head.*   as `models.decoder.Decoder` has them; a kernel is [in, out]
+    masks:  layers.N.*.kernel             bool [in, out], True = kept; only if the model was pruned
+
+Keys are strings (`flax.nnx.restore_int_paths` turns those of `layers` into numbers). Where the head shares the token
+embedding's weights, head.lm_head.kernel is not stored a second time. DIR holds config.json and the tokenizer's files.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from barber_jax.convert.checkpoint import Checkpoint, split_files
+from barber_jax.convert.folder import FLOATS, ORBAX, ModelFolder
+from barber_jax.convert.mask_file import Masks
+from barber_jax.convert.parameters import to_flax, to_hf
+from barber_jax.errors import BarberError
+from barber_jax.models import build_model
+from barber_jax.models.family import Model
+
+
+class OrbaxCheckpoint(ModelFolder):
+    """A folder with config.json and Orbax's folder beside it; tensors are read one by one, when fetched."""
+
+    def __init__(self, folder: Path, location: str | None = None):
+        """Open `folder`.
+
+        Raises:
+            BarberError: the tree is damaged, or not that of the model in config.json.
+        """
+        super().__init__(folder, location)
+        self._tree = self.folder.resolve() / ORBAX
+        stored = self._metadata()
+        self._paths: dict[str, str] = {}
+        # In the model's order: a wrong number of layers must fail at the first that is not there, not list billions.
+        for path, name in tree_paths(build_model(self.config, jnp.float32)):
+            if path not in stored:
+                raise BarberError(
+                    f"{self._tree}: tensor params.{path} is missing; write the folder again or mend config.json"
+                )
+            self._paths[name] = path
+        unknown = stored.keys() - self._paths.values()
+        if unknown:
+            raise BarberError(f"{self._tree}: tensor params.{min(unknown)} has no place in the model of config.json")
+        self._stored = stored
+        self.files = split_files({name: self.size(name) * self.dtype(name).itemsize for name in self._paths})
+
+    def names(self) -> list[str]:
+        return list(self._paths)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        path = self._paths[name]
+        shape = tuple(self._stored[path].shape)
+        return shape[::-1] if path.endswith(".kernel") else shape
+
+    def dtype(self, name: str) -> np.dtype:
+        given = np.dtype(self._stored[self._paths[name]].dtype)
+        if given not in FLOATS.values():
+            raise BarberError(f"{self._tree}: tensor {name} has dtype {given}; known: {', '.join(FLOATS)}")
+        return given
+
+    def fetch(self, name: str) -> np.ndarray:
+        path = self._paths[name]
+        key = ("params", *path.split("."))
+        try:
+            tree = _checkpointer().restore(
+                self._tree,
+                args=ocp.args.PyTreeRestore(
+                    item=unflatten_dict({key: 0}),
+                    restore_args=unflatten_dict({key: ocp.RestoreArgs(restore_type=np.ndarray)}),
+                    partial_restore=True,
+                ),
+            )
+        except Exception as error:
+            # Orbax passes on what TensorStore and the file system raise, of many types.
+            raise self._damaged(error) from None
+        return to_hf(path, flatten_dict(tree)[key])
+
+    def _metadata(self) -> dict:
+        """Path of every parameter -> Orbax's metadata of it (shape and dtype), without reading any."""
+        try:
+            params = _checkpointer().metadata(self._tree).item_metadata.tree["params"]
+            return {".".join(key): entry for key, entry in flatten_dict(params).items()}
+        except Exception as error:
+            raise self._damaged(error) from None
+
+    def _damaged(self, error: Exception) -> BarberError:
+        cause = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        return BarberError(
+            f"{self._tree}: not an Orbax checkpoint written by barber_jax, or damaged ({cause}); write it again"
+        )
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """An array of the tree that is read when its turn to be written comes."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+class _LeafHandler(ocp.type_handlers.NumpyHandler):
+    """Writes leaves one after the other, as the NumPy arrays that they stand for.
+
+    Orbax's own handlers want the whole tree in memory at once.
+    """
+
+    async def serialize(self, values, infos, args=None):
+        for value, info, arg in zip(values, infos, args, strict=True):
+            for written in await super().serialize([value.read()], [info], [arg]):
+                written.result()
+        return []
+
+
+def write_orbax(folder: Path, checkpoint: Checkpoint, masks: Masks | None) -> None:
+    """Write a checkpoint's parameters and masks to `folder`/orbax, one tensor in memory at a time.
+
+    Tensors that the model has no parameter for (a tied head's copy, stored rotary frequencies) are left out.
+
+    Raises:
+        BarberError: a tensor is damaged, a mask does not fit the model, or the disk refuses.
+    """
+    paths = {name: path for path, name in tree_paths(build_model(checkpoint.config, jnp.float32))}
+    leaves = {f"params.{path}": _parameter(checkpoint, name, path) for name, path in paths.items()}
+    for name in masks.names() if masks else []:
+        if name not in paths or masks.shapes[name] != checkpoint.shape(name):
+            raise BarberError(f"{masks.path}: the mask of {name} fits no weight of {checkpoint.location}")
+        leaves[f"masks.{paths[name]}"] = _mask(masks, name, paths[name])
+    target = folder.resolve() / ORBAX
+    try:
+        _checkpointer((_Leaf, _LeafHandler())).save(
+            target, args=ocp.args.PyTreeSave(unflatten_dict({tuple(path.split(".")): v for path, v in leaves.items()}))
+        )
+    except BarberError:
+        raise
+    except Exception as error:
+        # Orbax passes on what TensorStore and the file system raise, of many types.
+        cause = str(error).strip().split("\n")[0][:200]
+        raise BarberError(f"cannot write {target}: {cause}; make room there or write to another place") from None
+
+
+def tree_paths(model: Model) -> Iterator[tuple[str, str]]:
+    """Every parameter that is stored, in the model's order: path in the `Decoder`'s tree, Hugging Face name."""
+    embed = model.names.embed
+    yield from ((f"embed.{path}", name) for path, name in embed.items())
+    for index in range(model.layers):
+        yield from ((f"layers.{index}.{path}", name) for path, name in model.names.of_block(index).items())
+    # A head tied to the embedding has its name.
+    yield from ((f"head.{path}", name) for path, name in model.names.head.items() if name not in embed.values())
+
+
+def _parameter(checkpoint: Checkpoint, name: str, path: str) -> _Leaf:
+    shape = checkpoint.shape(name)
+    flax_shape = shape[::-1] if path.endswith(".kernel") else shape
+    return _Leaf(flax_shape, checkpoint.dtype(name), lambda: to_flax(path, checkpoint.read(name)))
+
+
+def _mask(masks: Masks, name: str, path: str) -> _Leaf:
+    return _Leaf(masks.shapes[name][::-1], np.dtype(np.bool_), lambda: to_flax(path, masks.read(name)))
+
+
+def _checkpointer(*handlers: tuple[type, ocp.type_handlers.TypeHandler]) -> ocp.Checkpointer:
+    """A checkpointer of trees; `handlers` add to the types of leaves that it can write."""
+    if not handlers:
+        return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    # Without a handler of jax.Array Orbax warns.
+    standard = (jax.Array, ocp.type_handlers.ArrayHandler())
+    registry = ocp.type_handlers.create_type_handler_registry(*handlers, standard)
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry))
