@@ -63,8 +63,8 @@ def prune(config: PruneConfig) -> dict:
     checkpoint = open_checkpoint(config.ckpt)
     model = build_model(checkpoint.config, jnp.dtype(config.compute_dtype))
     with Progress(model.layers, config.verbose) as progress:
-        start, config, sparsity = open_start(config, checkpoint, model, progress)
         check(config, checkpoint, model)
+        start, config, sparsity = open_start(config, checkpoint, model, progress)
         ids = calibration(config, checkpoint, model) if start.needs_stream or config.rebuild else None
         windows = evaluation_windows(config, checkpoint, model)
         pattern = str(config.sparsity_pattern)
@@ -100,8 +100,7 @@ def open_start(
         return MaskFileStart(masks, checkpoint, model, config.sparsity_pattern), config, masks.sparsity
     if config.sparse_ckpt:
         sparse = open_checkpoint(config.sparse_ckpt)
-        check_tensors(sparse, model)
-        given = SparseCheckpointStart(sparse, model, config.sparsity_pattern)
+        given = SparseCheckpointStart(sparse, checkpoint, model, config.sparsity_pattern)
         return given, config, given.sparsity()
     pattern = config.sparsity_pattern
     criterion = CRITERIA[config.method]

@@ -84,16 +84,7 @@ class MaskFileStart:
 
     def __init__(self, masks: Masks, checkpoint: Checkpoint, model: Model, pattern: SparsityPattern):
         self._masks, self._model, self._pattern = masks, model, pattern
-        wanted = {name: checkpoint.shape(name) for name in model.pruned_names()}
-        for name, shape in wanted.items():
-            if name not in masks.shapes:
-                raise BarberError(f"{masks.path}: no mask for {name}; it is not a mask file of this model")
-            if masks.shapes[name] != shape:
-                given = list(masks.shapes[name])
-                raise BarberError(f"{masks.path}: the mask of {name} is {given}, the model's weight {list(shape)}")
-        for name in masks.names():
-            if name not in wanted:
-                raise BarberError(f"{masks.path}: mask {name} has no weight to prune in this model")
+        check_fit(masks.shapes, checkpoint, model, f"{masks.path}: mask")
 
     def __call__(self, index: int, dense: Parameters, stream: jax.Array | None) -> tuple[BlockMasks, Parameters]:
         masks = {path: self._masks.read(name) for path, name in self._model.kernel_names(index).items()}
@@ -105,13 +96,21 @@ class MaskFileStart:
 class SparseCheckpointStart:
     """Starting masks from the zeros of a pruned checkpoint, starting weights from its other weights.
 
-    The checkpoint's tensors must have been checked against the model.
+    Raises:
+        BarberError: its weights' names or shapes do not fit the model.
     """
 
     needs_stream = False
 
-    def __init__(self, sparse: Checkpoint, model: Model, pattern: SparsityPattern):
+    def __init__(self, sparse: Checkpoint, checkpoint: Checkpoint, model: Model, pattern: SparsityPattern):
         self._sparse, self._model, self._pattern = sparse, model, pattern
+        block = next(iter(model.pruned_names())).partition(".0.")[0]
+        held = {
+            name: sparse.shape(name)
+            for name in sparse.names()
+            if name.startswith(f"{block}.") and len(sparse.shape(name)) == 2
+        }
+        check_fit(held, checkpoint, model, f"{sparse.location}: weight")
 
     def __call__(self, index: int, dense: Parameters, stream: jax.Array | None) -> tuple[BlockMasks, Parameters]:
         masks, weights = {}, {}
@@ -128,6 +127,17 @@ class SparseCheckpointStart:
         names = self._model.pruned_names()
         zeros = sum(int(np.count_nonzero(self._sparse.read(name) == 0)) for name in names)
         return zeros / sum(self._sparse.size(name) for name in names)
+
+
+def check_fit(given: dict[str, tuple[int, ...]], checkpoint: Checkpoint, model: Model, what: str) -> None:
+    """Raise BarberError unless names and shapes are those of the model's prunable weights; `what` begins the line."""
+    wanted = {name: checkpoint.shape(name) for name in model.pruned_names()}
+    for name in sorted(wanted.keys() ^ given.keys()):
+        state = "is missing" if name in wanted else "is not of a weight to prune there"
+        raise BarberError(f"{what} {name} {state}; it must be of the same model as {checkpoint.location}")
+    for name, shape in wanted.items():
+        if given[name] != shape:
+            raise BarberError(f"{what} {name} has shape {list(given[name])}, in {checkpoint.location} {list(shape)}")
 
 
 def check_pattern(mask: np.ndarray, pattern: SparsityPattern, what: str) -> None:

@@ -1,0 +1,109 @@
+"""Starting from other people's masks: a mask file, or the zeros of a pruned checkpoint."""
+
+import json
+
+import numpy as np
+import pytest
+from cli import prune_masks
+from models import BASE, write_model
+from safetensors.numpy import load_file, save_file
+
+from barber_jax.convert.mask_file import read_masks
+from barber_jax.errors import BarberError
+
+SMALL = ["--samples", 4, "--length", 16]
+
+
+@pytest.fixture
+def ckpt(tmp_path):
+    write_model(tmp_path / "dense")
+    np.save(tmp_path / "ids.npy", np.random.default_rng(1).integers(0, BASE["vocab_size"], (4, 16)))
+    return tmp_path / "dense"
+
+
+def run(tmp_path, name, *options):
+    return prune_masks(tmp_path / name, tmp_path / "dense", tmp_path / "ids.npy", *SMALL, *options)
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for name, mask in a.items():
+        np.testing.assert_array_equal(mask, b[name], err_msg=name)
+
+
+def test_rebuilding_magnitude_masks_is_magnitude_plus_rebuild(tmp_path, ckpt):
+    start = run(tmp_path, "start", "--method", "magnitude", "--no-rebuild")
+    settings = ["--granularity", "block", "--alpha", 0.5]
+    want = run(tmp_path, "want", "--method", "magnitude", *settings)
+    same(run(tmp_path, "masks", "--masks", tmp_path / "start" / "masks.safetensors", *settings), want)
+    same(run(tmp_path, "sparse", "--sparse-ckpt", tmp_path / "start", *settings), want)
+    assert any((start[name] != want[name]).any() for name in want)
+
+
+def test_retained_sparsegpt_weights_come_back_from_a_sparse_checkpoint(tmp_path, ckpt):
+    start = run(tmp_path, "start", "--method", "sparsegpt", "--no-rebuild")
+    out = run(tmp_path, "out", "--sparse-ckpt", tmp_path / "start", "--retain-reconstruction", "--alpha", 0.5)
+    updated, dense, got = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "start", ckpt, tmp_path / "out")
+    )
+    for name, mask in out.items():
+        np.testing.assert_array_equal(got[name], np.where(mask, np.where(start[name], updated[name], dense[name]), 0))
+    without = run(tmp_path, "without", "--sparse-ckpt", tmp_path / "start", "--alpha", 0.5)
+    got = load_file(tmp_path / "without" / "model.safetensors")
+    for name, mask in without.items():
+        np.testing.assert_array_equal(got[name], np.where(mask, dense[name], 0))
+
+
+def test_uneven_sparsity_is_kept(tmp_path, ckpt):
+    run(tmp_path, "start", "--no-rebuild")
+    tensors = load_file(tmp_path / "start" / "model.safetensors")
+    rng = np.random.default_rng(0)
+    counts = {}
+    for name in [n for n in tensors if n.endswith("proj.weight")]:
+        tensors[name] = tensors[name] * (rng.random(tensors[name].shape) < rng.uniform(0.2, 1))
+        counts[name] = np.count_nonzero(tensors[name], axis=1)
+    save_file(tensors, tmp_path / "start" / "model.safetensors", {"format": "pt"})
+    got = run(tmp_path, "out", "--sparse-ckpt", tmp_path / "start", "--alpha", 1.0)
+    for name, mask in got.items():
+        np.testing.assert_array_equal(mask.sum(1), counts[name])
+    whole = 1 - sum(map(np.sum, counts.values())) / sum(mask.size for mask in got.values())
+    assert read_masks(tmp_path / "out" / "masks.safetensors").sparsity == pytest.approx(whole)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["totals"]["sparsity"] == pytest.approx(whole)
+
+
+def test_pattern_of_the_mask_file_is_kept(tmp_path, ckpt):
+    run(tmp_path, "start", "--pattern", "2:4", "--no-rebuild")
+    masks = tmp_path / "start" / "masks.safetensors"
+    got = run(tmp_path, "out", "--masks", masks, "--alpha", 1.0)
+    assert all((mask.reshape(len(mask), -1, 4).sum(-1) == 2).all() for mask in got.values())
+    free = run(tmp_path, "free", "--masks", masks, "--alpha", 1.0, "--pattern", "unstructured")
+    assert any((mask.reshape(len(mask), -1, 4).sum(-1) != 2).any() for mask in free.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--method", "wanda"], "--method"),
+        (["--sparsity", 0.5], "--sparsity"),
+        (["--retain-reconstruction"], "--retain-reconstruction"),
+        (["--sparse-ckpt", "x"], "--sparse-ckpt"),
+        (["--pattern", "1:4"], "1 of every 4"),
+    ],
+)
+def test_conflicts_are_errors(options, said, tmp_path, ckpt):
+    run(tmp_path, "start", "--pattern", "2:4", "--no-rebuild")
+    with pytest.raises(BarberError, match=said):
+        run(tmp_path, "out", "--masks", tmp_path / "start" / "masks.safetensors", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_masks_and_checkpoints_of_another_model_are_errors(tmp_path, ckpt):
+    write_model(tmp_path / "wide", intermediate_size=64)
+    write_model(tmp_path / "deep", num_hidden_layers=3)
+    for other, said in (("wide", "_proj.weight has shape"), ("deep", r"layers\.2")):
+        masks = tmp_path / f"{other}_out" / "masks.safetensors"
+        prune_masks(masks.parent, tmp_path / other, tmp_path / "ids.npy", *SMALL, "--no-rebuild")
+        with pytest.raises(BarberError, match=said):
+            run(tmp_path, "out", "--masks", masks)
+        with pytest.raises(BarberError, match=said):
+            run(tmp_path, "out", "--sparse-ckpt", masks.parent)
