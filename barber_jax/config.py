@@ -133,6 +133,10 @@ class PruneConfig:
     """More detail: a line for every sub-block."""
 
     def __post_init__(self):
+        for option in ("ckpt", "calibration"):
+            if not getattr(self, option):
+                # As a path it would mean the current folder.
+                raise BarberError(f"--{option} is empty; name what to read")
         self._settle_start()
         granularity, alpha = PUBLISHED[self.method or "wanda"]
         if self.granularity is None:

@@ -142,5 +142,6 @@ def check_fit(given: dict[str, tuple[int, ...]], checkpoint: Checkpoint, model: 
 
 def check_pattern(mask: np.ndarray, pattern: SparsityPattern, what: str) -> None:
     """Raise BarberError unless the mask bool [out, in] keeps exactly N of every M."""
+    pattern.check_inputs(mask.shape[1], what)
     if pattern.structured and not (mask.reshape(-1, pattern.of).sum(axis=1) == pattern.keep).all():
         raise BarberError(f"{what} does not keep {pattern.keep} of every {pattern.of} inputs; leave out --pattern")

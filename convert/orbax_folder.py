@@ -109,11 +109,15 @@ class _Leaf:
     read: Callable[[], np.ndarray]
 
 
-class _LeafHandler(ocp.type_handlers.NumpyHandler):
-    """Writes leaves one after the other, as the NumPy arrays that they stand for.
+class _OneByOne(ocp.type_handlers.NumpyHandler):
+    """Handles one array after the other, where Orbax's own handler has all of them under way at once.
 
-    Orbax's own handlers want the whole tree in memory at once.
+    To write, that would need the whole tree in memory; when one of many reads fails, the others would complain on
+    stderr that nobody waits for them.
     """
+
+    async def metadata(self, infos):
+        return [entry for info in infos for entry in await super(_OneByOne, self).metadata([info])]
 
     async def serialize(self, values, infos, args=None):
         for value, info, arg in zip(values, infos, args, strict=True):
@@ -138,7 +142,7 @@ def write_orbax(folder: Path, checkpoint: Checkpoint, masks: Masks | None) -> No
         leaves[f"masks.{paths[name]}"] = _mask(masks, name, paths[name])
     target = folder.resolve() / ORBAX
     try:
-        _checkpointer((_Leaf, _LeafHandler())).save(
+        _checkpointer().save(
             target, args=ocp.args.PyTreeSave(unflatten_dict({tuple(path.split(".")): v for path, v in leaves.items()}))
         )
     except BarberError:
@@ -169,11 +173,10 @@ def _mask(masks: Masks, name: str, path: str) -> _Leaf:
     return _Leaf(masks.shapes[name][::-1], np.dtype(np.bool_), lambda: to_flax(path, masks.read(name)))
 
 
-def _checkpointer(*handlers: tuple[type, ocp.type_handlers.TypeHandler]) -> ocp.Checkpointer:
-    """A checkpointer of trees; `handlers` add to the types of leaves that it can write."""
-    if not handlers:
-        return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+def _checkpointer() -> ocp.Checkpointer:
+    """A checkpointer of trees of arrays and `_Leaf`s."""
+    handler = _OneByOne()
     # Without a handler of jax.Array Orbax warns.
-    standard = (jax.Array, ocp.type_handlers.ArrayHandler())
-    registry = ocp.type_handlers.create_type_handler_registry(*handlers, standard)
+    others = (jax.Array, ocp.type_handlers.ArrayHandler())
+    registry = ocp.type_handlers.create_type_handler_registry((_Leaf, handler), (np.ndarray, handler), others)
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry))

@@ -31,6 +31,13 @@ from barber_jax.eval import perplexity
 
 UP = "model.layers.1.mlp.up_proj.weight"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 # The way through the program that compiles least.
 QUICK = ["--method", "magnitude", "--no-rebuild"]
 
@@ -200,11 +207,32 @@ def test_config_that_is_no_json_object(refused, model, ids, content):
         ({"num_attention_heads": 3}, "not a multiple"),
         ({"vocab_size": 96}, "tensor model.embed_tokens.weight has shape [97, 32], config.json asks for [96, 32]"),
         ({"intermediate_size": 64}, "mlp.down_proj.weight has shape [32, 48], config.json asks for [32, 64]"),
-        ({"rms_norm_eps": "tiny"}, "rms_norm_eps must be a number"),
+        ({"rms_norm_eps": "tiny"}, "rms_norm_eps must be a finite number above 0, not 'tiny'"),
         ({"hidden_act": "foo"}, "activation 'foo'"),
         ({"attention_bias": "yes"}, "attention_bias must be true or false"),
         ({"attention_bias": True}, "k_proj.bias is missing"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope type 'yarn'"),
+        # Each of these once ended in a traceback, or ran and gave NaN.
+        ({"model_type": ["llama"]}, "model_type ['llama'] is not supported"),
+        ({"architectures": 5}, "architectures must be a list of names, not 5"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures must be a list of names"),
+        ({"hidden_act": ["silu"]}, "activation ['silu']"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps must be a finite number above 0, not -1"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a finite number above 0, not nan"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps must be a finite number above 0"),
+        ({"rope_parameters": [1]}, "rope parameters must be an object, not [1]"),
+        ({"rope_scaling": "linear"}, "rope parameters must be an object, not 'linear'"),
+        ({"rope_parameters": {"rope_theta": -1}}, "rope parameter rope_theta must be a finite number above 0, not -1"),
+        ({"rope_parameters": {"rope_theta": [1]}}, "rope parameter rope_theta must be"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope type 'linear' needs 'factor'"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "rope parameter factor must be"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": "x"}}, "rope parameter factor must be"),
+        ({"rope_parameters": LLAMA3 | {"high_freq_factor": 1}}, "low_freq_factor 1 must be below high_freq_factor 1"),
+        (
+            {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": "x"}},
+            "original_max_position_embeddings must",
+        ),
+        ({"partial_rotary_factor": "x"}, "partial_rotary_factor x is not supported"),
         ({"max_position_embeddings": 4}, "--length 8 is more than the model's 4 positions"),
     ],
 )
@@ -343,7 +371,7 @@ def test_nan_and_infinity(refused, model, ids, name, value):
         (["--pattern", "2:" + "9" * 5000], "is neither 'unstructured' nor N:M"),
         (
             ["--pattern", "2:4", "--granularity", "block"],
-            "--granularity block: --pattern 2:4 is rebuilt within outputs",
+            "--granularity block: N:M patterns are rebuilt within an output; use output1",
         ),
         (["--pattern", "2:4", "--granularity", "layer"], "use output1"),
         (["--pattern", "2:4", "--granularity", "input1"], "use output1"),
@@ -359,7 +387,7 @@ def test_nan_and_infinity(refused, model, ids, name, value):
         (["--samples"], "Missing value for argument '--samples'"),
         (["--batch", "0"], "--batch 0 must be at least 1"),
         (["--batch", "-1"], "--batch -1 must be at least 1"),
-        (["--method", "foo"], "invalid choice 'foo' for argument '--method'. Expected one of ('magnitude', 'wanda'"),
+        (["--method", "foo"], "invalid choice 'foo' for argument '--method'. Expected one of ("),
         (["--metric", "x"], "invalid choice 'x' for argument '--metric'"),
         (["--compute-dtype", "int8"], "invalid choice 'int8' for argument '--compute-dtype'"),
         (["--foo"], "Unrecognized options: --foo"),

@@ -1,5 +1,8 @@
 """Selection against NumPy sorts that say the rules in another way."""
 
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +33,7 @@ def groups_of(granularity, shapes):
     """Lists of (matrix, output, input), one list a comparison group, in flat order."""
     every = [[(m, o, i) for o in range(s[0]) for i in range(s[1])] for m, s in enumerate(shapes)]
     if granularity == "block":
-        return [sum(every, [])]
+        return [functools.reduce(operator.iadd, every, [])]
     if granularity == "layer":
         return every
     axis = 1 if granularity == "output1" else 2

@@ -21,10 +21,13 @@ def build_model(config: dict, dtype) -> Model:
         BarberError: unknown model_type or architecture, a quantised checkpoint, or an unsupported entry.
     """
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise BarberError(f"config.json: model_type {kind!r} is not supported (known: {', '.join(sorted(FAMILIES))})")
     build, architecture = FAMILIES[kind]
-    for given in config.get("architectures") or [architecture]:
+    listed = config.get("architectures") or [architecture]
+    if not isinstance(listed, list):
+        raise BarberError(f"config.json: architectures must be a list of names, not {listed!r}")
+    for given in listed:
         if given != architecture:
             raise BarberError(f"config.json: architecture {given!r} is not supported, only {architecture}")
     if config.get("quantization_config"):

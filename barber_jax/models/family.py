@@ -1,5 +1,6 @@
 """What a model family must say of itself, and how configurations are read without guessing."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -96,10 +97,11 @@ class HFConfig:
         return value
 
     def number(self, key: str, default: float) -> float:
-        """A finite number."""
+        """A finite number above 0."""
         value = self.raw.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise BarberError(f"config.json: {key} must be a number, not {value!r}")
+        # Compared before it becomes a float, which an integer may be too large for; NaN fails too.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < sys.float_info.max:
+            raise BarberError(f"config.json: {key} must be a finite number above 0, not {value!r}")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -112,7 +114,7 @@ class HFConfig:
     def activation(self, key: str, default: str) -> str:
         """An activation that we have."""
         value = self.raw.get(key, default)
-        if value not in ACTIVATIONS:
+        if not isinstance(value, str) or value not in ACTIVATIONS:
             raise BarberError(
                 f"config.json: activation {value!r} ({key}) is not supported (known: {', '.join(ACTIVATIONS)})"
             )

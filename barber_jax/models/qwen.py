@@ -57,10 +57,12 @@ def common_window(config: HFConfig, layers: int) -> int | None:
     kinds = config.raw.get("layer_types")
     if kinds is None:
         first = config.size("max_window_layers", zero=True) if slides else layers
-        kinds = ["sliding_attention" if index >= first else "full_attention" for index in range(layers)]
-    if kinds == ["full_attention"] * layers:
+        kinds = ["full_attention"] * (first > 0) + ["sliding_attention"] * (first < layers)
+    elif not isinstance(kinds, list) or len(kinds) != layers:
+        raise BarberError(f"config.json: layer_types must be a list of {layers} kinds, one a block")
+    if all(kind == "full_attention" for kind in kinds):
         return None
-    if kinds == ["sliding_attention"] * layers and slides:
+    if slides and all(kind == "sliding_attention" for kind in kinds):
         return config.size("sliding_window")
     raise BarberError(
         f"config.json: layer_types must be full_attention for all {layers} blocks, or with use_sliding_window "

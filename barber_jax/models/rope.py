@@ -5,6 +5,7 @@ with Llama 3.1. Feature order is Hugging Face's: the two halves of a head rotate
 """
 
 import math
+import sys
 from dataclasses import dataclass
 
 import jax
@@ -33,26 +34,28 @@ class Rope:
             BarberError: a rope type that is not default, linear or llama3, or a missing parameter.
         """
         # Transformers 5 moved theta into rope_parameters; files of both kinds, and mixtures, are about.
-        given = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-        theta = float(given.get("rope_theta") or config.get("rope_theta") or 10000.0)
+        given = {"rope_theta": 10000.0}
+        outer = {key: config.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+        for entries in (outer, config.get("rope_scaling") or {}, config.get("rope_parameters") or {}):
+            if not isinstance(entries, dict):
+                raise BarberError(f"config.json: rope parameters must be an object, not {entries!r}")
+            given |= {key: value for key, value in entries.items() if value is not None}
+        theta = _positive(given, "rope_theta")
         kind = given.get("rope_type") or given.get("type") or "default"
-        partial = given.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-        if float(partial) != 1.0:
+        partial = given.get("partial_rotary_factor", 1.0)
+        if partial != 1.0:
             raise BarberError(f"config.json: partial_rotary_factor {partial} is not supported, only 1.0")
         try:
             if kind == "default":
                 return cls(theta)
             if kind == "linear":
-                return cls(theta, kind, float(given["factor"]))
+                return cls(theta, kind, _positive(given, "factor"))
             if kind == "llama3":
-                return cls(
-                    theta,
-                    kind,
-                    float(given["factor"]),
-                    float(given["low_freq_factor"]),
-                    float(given["high_freq_factor"]),
-                    int(given["original_max_position_embeddings"]),
-                )
+                low, high = _positive(given, "low_freq_factor"), _positive(given, "high_freq_factor")
+                if low >= high:
+                    raise BarberError(f"config.json: low_freq_factor {low:g} must be below high_freq_factor {high:g}")
+                original = int(_positive(given, "original_max_position_embeddings"))
+                return cls(theta, kind, _positive(given, "factor"), low, high, original)
         except KeyError as missing:
             raise BarberError(f"config.json: rope type {kind!r} needs {missing}") from None
         raise BarberError(f"config.json: rope type {kind!r} is not supported (known: default, linear, llama3)")
@@ -86,3 +89,11 @@ class Rope:
         cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
         first, second = jnp.split(x, 2, axis=-1)
         return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
+
+
+def _positive(given: dict, key: str) -> float:
+    value = given[key]
+    # Compared before it becomes a float, which an integer may be too large for; NaN fails too.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < sys.float_info.max:
+        raise BarberError(f"config.json: rope parameter {key} must be a finite number above 0, not {value!r}")
+    return float(value)
