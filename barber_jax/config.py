@@ -178,4 +178,4 @@ class PruneConfig:
     @property
     def sparsity_pattern(self) -> SparsityPattern:
         """The pattern that --pattern and --sparsity mean together."""
-        return SparsityPattern.parse(self.pattern or "unstructured", self.sparsity)
+        return SparsityPattern.parse("unstructured" if self.pattern is None else self.pattern, self.sparsity)
