@@ -139,7 +139,7 @@ def keep_n_of_m(scores: jax.Array, keep: int, of: int) -> jax.Array:
 
 
 def count_swaps(metric: Arrays, masks: Arrays, alpha: float, axes: tuple[int, ...]) -> jax.Array:
-    """How many pairs each group swaps: floor(float32(R) * float32(alpha)), DESIGN of the method, rebuild step 4.
+    """How many pairs each group swaps: floor(float32(R) * float32(alpha)), arXiv 2408.10631, section 3.3.
 
     With the pruned weights' metric sorted descending (g) and the kept weights' ascending (p), R counts the i with
     g_i > p_i. The differences fall, so R is the largest r for which some value t has r pruned weights above it and r

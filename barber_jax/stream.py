@@ -1,6 +1,6 @@
 """The one loop: for each block, load -> starting mask -> rebuild -> hand over -> propagate -> drop.
 
-Two streams of activations go through the model in one pass (DESIGN of the method): stream A is the model under the
+Two streams of activations go through the model in one pass: stream A is the model under the
 starting masks alone and gives each block its starting mask; stream B is the model as rebuilt so far and rebuilds it.
 The result is that of pruning the whole model first and rebuilding it afterwards, with each block read once.
 """
