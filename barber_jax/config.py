@@ -73,6 +73,21 @@ class SparsityPattern:
             raise BarberError(f"--pattern {self}: {self.of} does not divide the {inputs} inputs of {name}")
 
 
+def parse_mesh(text: str | None) -> tuple[int, int] | None:
+    """`data=N,model=M`, either of them left out for 1 -> (N, M).
+
+    Raises:
+        BarberError: not of that form.
+    """
+    if text is None:
+        return None
+    parts = [re.fullmatch(r"(data|model)=([1-9][0-9]{0,5})", part) for part in text.split(",")]
+    sizes = {part[1]: int(part[2]) for part in parts if part}
+    if len(sizes) != len(parts):
+        raise BarberError(f"--mesh {text!r} is not of the form data=N,model=M, such as data=4,model=2")
+    return sizes.get("data", 1), sizes.get("model", 1)
+
+
 @dataclass(frozen=True)
 class PruneConfig:
     """Prune a Hugging Face checkpoint and rebuild its mask (LLM-Barber, arXiv 2408.10631)."""
@@ -117,12 +132,29 @@ class PruneConfig:
     """Tokens in each calibration sample."""
     seed: int = 0
     """Seed of the calibration sampling."""
-    batch: int = 8
-    """Calibration samples in a micro-batch: sets peak memory, changes no mask but by rounding."""
+    batch: int | None = None
+    """Calibration samples in a micro-batch: sets peak memory, changes no mask but by rounding. Default: 8; on CPU as
+    many as make about 1024 tokens, which stay in its caches."""
     compute_dtype: ComputeDtype = "float32"
     """Dtype of activations and matrix products; statistics are float32 whatever it is."""
+    mesh: str | None = None
+    """Devices: data=N,model=M spreads samples over N and linears over M (N x M devices). Default: one device; with
+    many processes all devices as data."""
+    offload_activations: bool = False
+    """Keep the activations of all samples in host memory; a micro-batch at a time is on the device."""
+    compilation_cache: str | None = None
+    """Folder that keeps compiled programs for later runs, or 'off'. Default: JAX_COMPILATION_CACHE_DIR, else
+    barber_jax in the user's cache folder."""
+    coordinator: str | None = None
+    """host:port of process 0, where several processes compute together and no cluster tells JAX of them."""
+    processes: int | None = None
+    """How many processes there are (with --coordinator)."""
+    process: int | None = None
+    """Which one this is, from 0 (with --coordinator)."""
     overwrite: bool = False
-    """Replace --out if it exists."""
+    """Replace --out, or an unfinished run for it, if it exists."""
+    resume: bool = False
+    """Go on with the unfinished run for this --out."""
     eval_text: Path | None = None
     """After pruning, measure the result's perplexity on this text file (into run.json)."""
     eval_dataset: Literal["wikitext2", "ptb", "c4"] | None = None
@@ -150,6 +182,8 @@ class PruneConfig:
             raise BarberError(
                 f"--granularity {self.granularity}: N:M patterns are rebuilt within an output; use output1"
             )
+        parse_mesh(self.mesh)
+        self._check_processes()
         for option in ("samples", "length", "batch", "eval_windows"):
             value = getattr(self, option)
             if value is not None and value < 1:
@@ -174,6 +208,17 @@ class PruneConfig:
             object.__setattr__(self, "method", "wanda")
         if self.retain_reconstruction and not (self.method == "sparsegpt" or self.sparse_ckpt):
             raise BarberError("--retain-reconstruction needs updated weights: --method sparsegpt or --sparse-ckpt")
+
+    def _check_processes(self) -> None:
+        by_hand = (self.coordinator, self.processes, self.process)
+        if all(option is None for option in by_hand):
+            return
+        if None in by_hand:
+            raise BarberError("--coordinator, --processes and --process: give all three of them")
+        if not re.fullmatch(r"\S+:[0-9]{1,5}", self.coordinator):
+            raise BarberError(f"--coordinator {self.coordinator!r} is not host:port")
+        if not 0 <= self.process < self.processes:
+            raise BarberError(f"--process {self.process} is not one of the {self.processes} --processes, from 0 on")
 
     @property
     def sparsity_pattern(self) -> SparsityPattern:

@@ -13,14 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from barber_jax.mesh import DATA, constrain
 from barber_jax.models.decoder import BlockDefinition, Definition
 
 Parameters = dict[str, jax.Array]
 
 
-def micro_batches(ids: np.ndarray, batch: int) -> np.ndarray:
-    """[S, L] -> [M, B, L] with B the largest divisor of S that is at most `batch`."""
-    size = max(b for b in range(1, min(batch, len(ids)) + 1) if len(ids) % b == 0)
+def default_batch(length: int) -> int:
+    """Samples of a micro-batch where the user says nothing: on CPU about 1024 tokens, which stay in its caches."""
+    return min(8, max(1, 1024 // length)) if jax.default_backend() == "cpu" else 8
+
+
+def micro_batches(ids: np.ndarray, batch: int, multiple: int = 1) -> np.ndarray:
+    """[S, L] -> [M, B, L] with B the largest divisor of S that is at most `batch` and a multiple of `multiple`, which
+    divides S."""
+    sizes = range(multiple, max(multiple, min(batch, len(ids))) + 1, multiple)
+    size = max(b for b in sizes if len(ids) % b == 0)
     return ids.reshape(-1, size, ids.shape[1])
 
 
@@ -33,7 +41,7 @@ def sparsify(parameters: Parameters, masks: dict[str, jax.Array]) -> Parameters:
 @partial(jax.jit, static_argnames="definition")
 def embed(definition: Definition, parameters: Parameters, ids: jax.Array) -> jax.Array:
     """int32 [M, B, L] token ids -> stream [M, B, L, D]."""
-    return lax.map(definition.bind(parameters), ids)
+    return constrain(lax.map(definition.bind(parameters), ids), None, DATA)
 
 
 @partial(jax.jit, static_argnames="definition", donate_argnames="stream")
@@ -42,7 +50,7 @@ def propagate(
 ) -> jax.Array:
     """The stream after the block under these masks ({}: dense). Consumes `stream`."""
     sparse = sparsify(parameters, masks)
-    return lax.map(lambda hidden: definition.run(sparse, hidden), stream)
+    return constrain(lax.map(lambda hidden: definition.run(sparse, constrain(hidden, DATA)), stream), None, DATA)
 
 
 @partial(jax.jit, static_argnames=("definition", "statistic"))
@@ -60,7 +68,8 @@ def statistics(
 
     def measure(hidden: jax.Array) -> dict[str, jax.Array]:
         seen = {}
-        definition.run(parameters, hidden, lambda name, value: seen.__setitem__(name, statistic(value)))
+        tap = lambda name, value: seen.__setitem__(name, constrain(statistic(value)))  # noqa: E731
+        definition.run(parameters, constrain(hidden, DATA), tap)
         return seen
 
     zeros = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), jax.eval_shape(measure, stream[0]))

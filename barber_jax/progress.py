@@ -15,13 +15,14 @@ class Progress:
         blocks: how many there are.
         verbose: a line for every sub-block.
         plain_every: seconds between lines where the output is not a terminal.
+        silent: say nothing at all: another process does.
     """
 
-    def __init__(self, blocks: int, verbose: bool = False, plain_every: float = 60.0):
+    def __init__(self, blocks: int, verbose: bool = False, plain_every: float = 60.0, silent: bool = False):
         self._blocks, self._verbose, self._plain_every = blocks, verbose, plain_every
         # Not a terminal: no wrapping to rich's default of 80 columns, a log line stays one line.
         width = None if sys.stderr.isatty() else 10_000
-        self._console = Console(file=sys.stderr, highlight=False, width=width)
+        self._console = Console(file=sys.stderr, highlight=False, width=width, quiet=silent)
         self._bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),

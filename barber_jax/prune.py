@@ -1,18 +1,22 @@
 """python -m barber_jax.prune: options -> run -> files."""
 
+import contextlib
 import dataclasses
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from barber_jax import passes
 from barber_jax.calibration import load_calibration
-from barber_jax.command import parse, set_precision
-from barber_jax.config import PruneConfig
+from barber_jax.command import parse, set_compilation_cache, set_precision
+from barber_jax.config import PruneConfig, parse_mesh
 from barber_jax.convert.checkpoint import Checkpoint, open_checkpoint
-from barber_jax.convert.export import RUN, FolderWriter, check_destination
+from barber_jax.convert.export import RUN, FolderWriter, beside, check_destination
 from barber_jax.convert.formats import apply_format
 from barber_jax.convert.hf_folder import HFFolder
 from barber_jax.convert.mask_file import read_masks
@@ -20,29 +24,36 @@ from barber_jax.convert.parameters import check_tensors
 from barber_jax.criteria import CRITERIA
 from barber_jax.errors import BarberError, exit_with_one_line
 from barber_jax.eval.perplexity import cut_windows, evaluation_ids, perplexity
+from barber_jax.fingerprint import array_fingerprint, fingerprint
+from barber_jax.history import History
+from barber_jax.hosts import join
+from barber_jax.mesh import Devices, is_primary, require_agreement
 from barber_jax.models import build_model
 from barber_jax.models.family import Model
 from barber_jax.progress import Progress
 from barber_jax.report import run_record, totals
+from barber_jax.run_state import RunState
 from barber_jax.starting import CriterionStart, MaskFileStart, SparseCheckpointStart, Start
-from barber_jax.stream import prune_blocks
+from barber_jax.stream import Pruning
 
 
-def check(config: PruneConfig, checkpoint: Checkpoint, model: Model) -> None:
+def check(config: PruneConfig, checkpoint: Checkpoint, model: Model, devices: Devices) -> None:
     """Raise BarberError for what can be known to fail before any work is done."""
     check_tensors(checkpoint, model)
     if config.length > model.positions:
         raise BarberError(f"--length {config.length} is more than the model's {model.positions} positions")
     for name in model.kernel_names(0).values():
         config.sparsity_pattern.check_inputs(checkpoint.shape(name)[1], name)
+    devices.check(model.block(), config.samples)
 
 
-def headline(config: PruneConfig, checkpoint: Checkpoint, model: Model) -> str:
-    """The first line: device, dtype, model size, samples."""
-    device = jax.devices()[0]
+def headline(config: PruneConfig, checkpoint: Checkpoint, model: Model, devices: Devices) -> str:
+    """The first line: devices, dtype, model size, samples."""
+    device, count, available = devices.used[0], len(devices.used), jax.device_count()
     size = sum(checkpoint.size(name) for name in checkpoint.names()) / 1e6
+    of = f" of {available}" if count < available else ""
     return (
-        f"{jax.device_count()} x {device.device_kind} ({device.platform}), {config.compute_dtype}; "
+        f"{count}{of} x {device.device_kind} ({device.platform}), {config.compute_dtype}; "
         f"{model.model_type} of {size:.1f} M parameters in {model.layers} blocks; "
         f"{config.samples} samples of {config.length} tokens"
     )
@@ -59,48 +70,117 @@ def prune(config: PruneConfig) -> dict:
     """
     began = time.perf_counter()
     reads = [config.ckpt, config.calibration, config.eval_text, config.masks, config.sparse_ckpt]
-    check_destination(config.out, config.overwrite, [Path(given) for given in reads if given])
+    if is_primary():
+        check_destination(config.out, config.overwrite, [Path(given) for given in reads if given])
     checkpoint = open_checkpoint(config.ckpt)
     model = build_model(checkpoint.config, jnp.dtype(config.compute_dtype))
-    with Progress(model.layers, config.verbose) as progress:
-        check(config, checkpoint, model)
-        start, config, sparsity = open_start(config, checkpoint, model, progress)
+    devices = Devices.of(parse_mesh(config.mesh))
+    with Progress(model.layers, config.verbose, silent=not is_primary()) as progress:
+        check(config, checkpoint, model, devices)
+        start, config, sparsity = open_start(config, checkpoint, model, devices, progress)
+        config = dataclasses.replace(config, batch=config.batch or passes.default_batch(config.length))
         ids = calibration(config, checkpoint, model) if start.needs_stream or config.rebuild else None
         windows = evaluation_windows(config, checkpoint, model)
-        pattern = str(config.sparsity_pattern)
-        with FolderWriter(config.out, checkpoint, model.pruned_names(), pattern, sparsity) as writer:
-            progress.say(headline(config, checkpoint, model))
+        identity = run_identity(config, checkpoint, ids)
+        require_agreement("options or files", identity)
+        with contextlib.ExitStack() as stack:
+            state, writer = None, None
+            if is_primary():
+                state = stack.enter_context(open_state(config, identity, model.layers, progress))
+                pattern = str(config.sparsity_pattern)
+                writer = FolderWriter(config.out, checkpoint, model.pruned_names(), pattern, sparsity)
+                stack.enter_context(writer)
+            progress.say(headline(config, checkpoint, model, devices))
             blocks = []
-            for result in prune_blocks(checkpoint, model, ids, start, config, progress):
-                for name, mask in result.masks.items():
-                    writer.write_pruned(name, result.weights[name], mask)
-                blocks.append(result.record)
-                progress.done(result.record)
-            writer.finish(set(model.pruned_names()))
+            with devices.context():
+                pruning = Pruning(checkpoint, model, ids, start, config, progress, devices, History(state))
+                for result in pruning:
+                    if writer:
+                        for name, mask in result.masks.items():
+                            writer.write_pruned(name, result.weights[name], mask)
+                    blocks.append(result.record)
+                    progress.done(result.record)
             quality = None
-            if windows is not None:
-                source = str(config.eval_text or config.eval_dataset)
-                quality = {"source": source, **perplexity(HFFolder(writer.folder), model, windows, config.batch)}
-            record = run_record(config, sparsity, model, blocks, time.perf_counter() - began, quality)
-            writer.write_json(RUN, record)
-            apply_format(writer.folder, config.format)
-            writer.publish()
+            if writer:
+                writer.finish(set(model.pruned_names()))
+                if windows is not None:
+                    source = str(config.eval_text or config.eval_dataset)
+                    quality = {"source": source, **perplexity(HFFolder(writer.folder), model, windows, config.batch)}
+            seconds = time.perf_counter() - began
+            record = run_record(config, sparsity, model, devices.used, blocks, seconds, quality)
+            if writer:
+                writer.write_json(RUN, record)
+                apply_format(writer.folder, config.format)
+                writer.publish()
+                state.remove()
         progress.say(summary(config, record))
     return record
 
 
+@contextlib.contextmanager
+def open_state(config: PruneConfig, identity: dict, layers: int, progress: Progress) -> Iterator[RunState]:
+    """Where finished blocks are kept until the run is done; says, if it ends before, how to go on.
+
+    Raises:
+        BarberError: there is nothing to go on with, or something that must not be lost.
+    """
+    folder = beside(config.out, ".run")
+    if config.resume:
+        state = RunState.resume(folder, identity)
+        if state.damaged is not None:
+            progress.say(f"{folder}: block {state.damaged} is damaged; it and what came after it is computed again")
+        progress.say(f"going on after {state.finished} of {layers} blocks")
+    else:
+        if not config.overwrite and RunState.holds_blocks(folder):
+            raise BarberError(f"{folder} holds an unfinished run; --resume goes on with it, --overwrite starts anew")
+        state = RunState.create(folder, identity)
+    with state:
+        try:
+            yield state
+        except BaseException:
+            if state.finished:
+                kept = f"{state.finished} of {layers} blocks are kept in {folder}"
+                progress.say(f"{kept}; the same command with --resume goes on from there")
+            else:
+                state.remove()
+            raise
+
+
+UNIMPORTANT = (
+    *("ckpt", "out", "format", "masks", "sparse_ckpt", "calibration", "text_field", "seed", "offload_activations"),
+    *("compilation_cache", "coordinator", "processes", "process", "overwrite", "resume", "verbose"),
+    *("eval_text", "eval_dataset", "eval_windows"),
+)
+"""Options that change no figure, or only by what is read, whose content is compared instead."""
+
+
+def run_identity(config: PruneConfig, checkpoint: Checkpoint, ids: np.ndarray | None) -> dict[str, Any]:
+    """What must be the same for a run to go on: options that matter, and hashes of what is read."""
+    options = dataclasses.asdict(config)
+    identity = {f"--{name.replace('_', '-')}": options[name] for name in options if name not in UNIMPORTANT}
+    for option, given in (("--ckpt", checkpoint), ("--sparse-ckpt", config.sparse_ckpt)):
+        if given:
+            opened = open_checkpoint(given) if isinstance(given, str) else given
+            identity |= {f"content of {option} {path.name}": fingerprint(path) for path in opened.sources()}
+    if config.masks:
+        identity["content of --masks"] = fingerprint(config.masks.expanduser())
+    if ids is not None:
+        identity["content of the calibration ids"] = array_fingerprint(ids)
+    return identity
+
+
 def open_start(
-    config: PruneConfig, checkpoint: Checkpoint, model: Model, progress: Progress
+    config: PruneConfig, checkpoint: Checkpoint, model: Model, devices: Devices, progress: Progress
 ) -> tuple[Start, PruneConfig, float]:
     """What gives the starting masks, the options with the pattern that they have, and the sparsity asked for."""
     if config.masks:
         masks = read_masks(config.masks.expanduser())
         if config.pattern is None:
             config = dataclasses.replace(config, pattern=masks.pattern)
-        return MaskFileStart(masks, checkpoint, model, config.sparsity_pattern), config, masks.sparsity
+        return MaskFileStart(masks, checkpoint, model, config.sparsity_pattern, devices), config, masks.sparsity
     if config.sparse_ckpt:
         sparse = open_checkpoint(config.sparse_ckpt)
-        given = SparseCheckpointStart(sparse, checkpoint, model, config.sparsity_pattern)
+        given = SparseCheckpointStart(sparse, checkpoint, model, config.sparsity_pattern, devices)
         return given, config, given.sparsity()
     pattern = config.sparsity_pattern
     criterion = CRITERIA[config.method]
@@ -147,6 +227,8 @@ def run(arguments: list[str] | None = None) -> None:
     """The command line."""
     config = parse(PruneConfig, "barber_jax.prune", arguments)
     set_precision()
+    set_compilation_cache(config.compilation_cache)
+    join(config.coordinator, config.processes, config.process)
     prune(config)
 
 

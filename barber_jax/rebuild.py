@@ -9,6 +9,7 @@ pre-norm families):
     score  = |W| * D                                                                   equation 5
 """
 
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -17,6 +18,7 @@ from jax import lax
 
 from barber_jax import masks as selection
 from barber_jax.config import SparsityPattern
+from barber_jax.mesh import DATA, constrain, constrain_kernels, groups, kernel_axes, mask_axes
 from barber_jax.models.decoder import BlockDefinition, SubBlock
 from barber_jax.passes import Parameters, sparsify
 
@@ -26,54 +28,98 @@ def _error(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.mean(jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32)))
 
 
+@dataclass
+class Totals:
+    """Sums over samples, kept apart for each of the N groups of samples that are computed side by side.
+
+    Attributes:
+        squares: kernel path -> float32 [N, in, out], squared gradients G_s^2.
+        errors: float32 [N], losses.
+    """
+
+    squares: dict[str, jax.Array]
+    errors: jax.Array
+
+
+jax.tree_util.register_dataclass(Totals, ["squares", "errors"], [])
+
+
+def _constrain(sub: SubBlock, squares: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {path: constrain(square, DATA, *kernel_axes(sub, path)) for path, square in squares.items()}
+
+
 @partial(jax.jit, static_argnames=("definition", "sub"))
-def importance(
+def no_totals(definition: BlockDefinition, sub: SubBlock) -> Totals:
+    """Totals of no samples."""
+    shapes = dict(definition.shapes)
+    squares = {path: jnp.zeros((groups(), *shapes[path]), jnp.float32) for path in sub.kernels}
+    return Totals(_constrain(sub, squares), constrain(jnp.zeros(groups(), jnp.float32), DATA))
+
+
+@partial(jax.jit, static_argnames=("definition", "sub"), donate_argnames="totals")
+def accumulate(
     definition: BlockDefinition,
     sub: SubBlock,
     parameters: Parameters,
     start: Parameters,
     masks: dict[str, jax.Array],
     stream: jax.Array,
-) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
-    """Gradient importance of every weight of a sub-block, before the swap.
+    totals: Totals,
+) -> tuple[Totals, jax.Array]:
+    """Gradients and losses of the samples of a chunk of the stream, before the swap.
 
     Args:
         parameters: of the block, this sub-block's kernels dense.
         start: kernel path -> starting weights [in, out] where the criterion updated them.
         masks: kernel path -> bool [out, in] starting mask.
         stream: [M, B, L, D] hidden state that enters the sub-block.
+        totals: of the samples before. Consumed.
 
     Returns:
-        importance: kernel path -> float32 D [in, out].
-        loss: mean of loss_s over samples.
+        totals: with these samples added.
         dense: [M, B, L, D], f(W; X_s), which the loss after the swap is measured against.
     """
     kernels = {path: parameters[path].astype(jnp.float32) for path in sub.kernels}
-
     sparse = sparsify({**kernels, **start}, masks)
 
     def outcome(kernels: Parameters, x: jax.Array) -> jax.Array:
         return definition.bind({**parameters, **kernels}).apply(sub.name, x)
 
-    def sample(total, hidden):
+    def sample(hidden: jax.Array) -> tuple[tuple[jax.Array, jax.Array], Parameters]:
         x = definition.bind(parameters).enter(sub.name, hidden[None])
         target = outcome(sparse, x)
 
         def loss(kernels):
             dense = outcome(kernels, x)
-            return _error(dense, target), dense
+            return _error(dense, target), dense[0]
 
-        (error, dense), gradient = jax.value_and_grad(loss, has_aux=True)(kernels)
-        squares, errors = total
-        squares = jax.tree.map(lambda sum_, g: sum_ + jnp.square(g), squares, gradient)
-        return (squares, errors + error), dense[0]
+        return jax.value_and_grad(loss, has_aux=True)(kernels)
 
-    samples = stream.reshape(-1, *stream.shape[2:])
-    zeros = jax.tree.map(jnp.zeros_like, kernels)
-    (squares, errors), dense = lax.scan(sample, (zeros, jnp.float32(0)), samples)
-    count = samples.shape[0]
-    root = jax.tree.map(lambda square: jnp.sqrt(square / count), squares)
-    return root, errors / count, dense.reshape(stream.shape)
+    def side_by_side(totals: Totals, hidden: jax.Array) -> tuple[Totals, jax.Array]:
+        (errors, dense), gradients = jax.vmap(sample)(constrain(hidden, DATA))
+        squares = {path: totals.squares[path] + jnp.square(gradients[path]) for path in sub.kernels}
+        return Totals(_constrain(sub, squares), constrain(totals.errors + errors, DATA)), constrain(dense, DATA)
+
+    def micro_batch(totals: Totals, hidden: jax.Array) -> tuple[Totals, jax.Array]:
+        # Each group takes consecutive samples: those that its devices hold already.
+        grouped = hidden.reshape(groups(), -1, *hidden.shape[1:])
+        totals, dense = lax.scan(side_by_side, totals, jnp.moveaxis(grouped, 1, 0))
+        return totals, constrain(jnp.moveaxis(dense, 0, 1).reshape(hidden.shape), DATA)
+
+    totals, dense = lax.scan(micro_batch, totals, stream)
+    return totals, constrain(dense, None, DATA)
+
+
+@partial(jax.jit, static_argnames="sub", donate_argnames="totals")
+def importance(sub: SubBlock, totals: Totals, samples: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Gradient importance of every weight of a sub-block, from the totals of all samples. Consumes `totals`.
+
+    Returns:
+        importance: kernel path -> float32 D [in, out].
+        loss: mean of loss_s over samples.
+    """
+    root = {path: jnp.sqrt(jnp.sum(square, axis=0) / samples) for path, square in totals.squares.items()}
+    return constrain_kernels(sub, root), constrain(jnp.sum(totals.errors) / samples)
 
 
 @jax.jit
@@ -123,7 +169,8 @@ def swap_masks(
         new = [selection.swap_n_of_m(s, m, alpha, pattern.keep, pattern.of) for s, m in pairs]
     else:
         new = selection.swap(scores, old, alpha, granularity)
-    revived = [jnp.sum(n & ~o, dtype=jnp.int32) for n, o in zip(new, old, strict=True)]
+    new = [constrain(mask, *mask_axes(sub, path)) for mask, path in zip(new, order, strict=True)]
+    revived = [constrain(jnp.sum(n & ~o, dtype=jnp.int32)) for n, o in zip(new, old, strict=True)]
     return dict(zip(order, new, strict=True)), dict(zip(order, revived, strict=True))
 
 
@@ -140,18 +187,18 @@ def advance(
 
     Args:
         parameters: of the block, this sub-block's kernels as they survive.
-        dense: [M, B, L, D] from `importance`.
+        dense: [M, B, L, D] from `accumulate`.
 
     Returns:
-        stream after the sub-block, and the mean over samples of its loss against `dense`.
+        stream after the sub-block, and the sum over micro-batches of its loss against `dense`. Samples have the same
+        number of tokens, so a micro-batch's loss is the mean of its samples'.
     """
     block = definition.bind(sparsify(parameters, masks))
 
-    def micro_batch(pair):
-        hidden, target = pair
+    def micro_batch(total, pair):
+        hidden, target = constrain(pair[0], DATA), pair[1]
         y = block.apply(sub.name, block.enter(sub.name, hidden))
-        # Samples have the same number of tokens, so the mean over all is the mean of the samples' means.
-        return block.leave(sub.name, hidden, y), _error(y, target)
+        return total + _error(y, target), constrain(block.leave(sub.name, hidden, y), DATA)
 
-    stream, errors = lax.map(micro_batch, (stream, dense))
-    return stream, jnp.mean(errors)
+    total, stream = lax.scan(micro_batch, jnp.float32(0), (stream, dense))
+    return constrain(stream, None, DATA), constrain(total)

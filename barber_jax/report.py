@@ -16,14 +16,13 @@ from barber_jax.models.family import Model
 LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "transformers", "datasets", "safetensors")
 
 
-def environment() -> dict:
-    """Versions of Python and libraries, and the devices of this process."""
+def environment(devices: list[jax.Device]) -> dict:
+    """Versions of Python and libraries, and the devices used."""
     versions = {"barber_jax": __version__, "python": platform.python_version()}
     versions |= {name: importlib.metadata.version(name) for name in LIBRARIES}
-    device = jax.devices()[0]
     return {
         "versions": versions,
-        "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
+        "device": {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)},
     }
 
 
@@ -32,7 +31,7 @@ def peak_memory() -> dict[str, int]:
     # Linux counts kilobytes, macOS bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     peak = {"host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    stats = jax.devices()[0].memory_stats()
+    stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         peak["device_bytes"] = stats["peak_bytes_in_use"]
     return peak
@@ -56,7 +55,13 @@ def totals(blocks: list[dict]) -> dict:
 
 
 def run_record(
-    config: PruneConfig, sparsity: float, model: Model, blocks: list[dict], seconds: float, perplexity: dict | None
+    config: PruneConfig,
+    sparsity: float,
+    model: Model,
+    devices: list[jax.Device],
+    blocks: list[dict],
+    seconds: float,
+    perplexity: dict | None,
 ) -> dict:
     """The content of run.json."""
     options = {
@@ -67,7 +72,7 @@ def run_record(
         "format": "barber_jax.run",
         "version": 1,
         "options": options,
-        **environment(),
+        **environment(devices),
         "model": {"model_type": model.model_type, "blocks": model.layers, "hidden": model.hidden},
         "blocks": blocks,
         "totals": {**totals(blocks), "seconds": seconds},

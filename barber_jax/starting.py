@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from barber_jax import passes
+from barber_jax.activations import Stream
 from barber_jax.config import SparsityPattern
 from barber_jax.convert.checkpoint import Checkpoint
 from barber_jax.convert.mask_file import Masks
 from barber_jax.convert.parameters import to_flax
 from barber_jax.criteria.criterion import Criterion
 from barber_jax.errors import BarberError
+from barber_jax.mesh import Devices, constrain, kernel_axes
 from barber_jax.models.family import Model
 from barber_jax.passes import Parameters
 
@@ -30,18 +32,26 @@ class Start(Protocol):
 
     needs_stream: bool
 
-    def __call__(self, index: int, dense: Parameters, stream: jax.Array | None) -> tuple[BlockMasks, Parameters]:
+    def __call__(self, index: int, dense: Parameters, stream: Stream | None) -> tuple[BlockMasks, Parameters]:
         """Kernel path -> bool [out, in] mask, and kernel path -> starting weights [in, out] where they are not the
         dense ones, in the dense ones' dtype."""
 
 
-@partial(jax.jit, static_argnames=("criterion", "samples", "pattern"))
+@partial(jax.jit, static_argnames=("criterion", "axes", "samples", "pattern"))
 def _start_matrix(
-    criterion: Criterion, kernel: jax.Array, prepared: Any, samples: int, pattern: SparsityPattern
+    criterion: Criterion,
+    axes: tuple[str | None, str | None],
+    kernel: jax.Array,
+    prepared: Any,
+    samples: int,
+    pattern: SparsityPattern,
 ) -> tuple[jax.Array, jax.Array | None]:
+    """`Criterion.start` for a kernel that is spread over mesh axes `axes`."""
     mask, updated = criterion.start(kernel.astype(jnp.float32), prepared, samples, pattern)
-    # Rounded at once to what will be written, so that the streams carry the very weights of the result.
-    return mask, None if updated is None else updated.astype(kernel.dtype)
+    if updated is not None:
+        # Rounded at once to what will be written, so that the streams carry the very weights of the result.
+        updated = constrain(updated.astype(kernel.dtype), *axes)
+    return constrain(mask, *axes[::-1]), updated
 
 
 class CriterionStart:
@@ -54,10 +64,11 @@ class CriterionStart:
         self._say, self._block = say, model.block()
         self.needs_stream = criterion.statistic is not None
 
-    def __call__(self, index: int, dense: Parameters, stream: jax.Array | None) -> tuple[BlockMasks, Parameters]:
+    def __call__(self, index: int, dense: Parameters, stream: Stream | None) -> tuple[BlockMasks, Parameters]:
         criterion, seen = self._criterion, {}
-        if stream is not None:
-            seen = passes.statistics(self._block, criterion.statistic, dense, stream)
+        for chunk in stream or ():
+            more = passes.statistics(self._block, criterion.statistic, dense, chunk)
+            seen = jax.tree.map(jnp.add, seen, more) if seen else more
         if criterion.prepare:
             where = f"block {index}, "
             seen = {n: criterion.prepare(s, self._samples, where + n, self._say) for n, s in seen.items()}
@@ -65,8 +76,9 @@ class CriterionStart:
         for sub in self._model.sub_blocks:
             for linear, entering in sub.linears:
                 path = f"{linear}.kernel"
+                axes = kernel_axes(sub, path)
                 masks[path], updated = _start_matrix(
-                    criterion, dense[path], seen.get(entering), self._samples, self._pattern
+                    criterion, axes, dense[path], seen.get(entering), self._samples, self._pattern
                 )
                 if updated is not None:
                     weights[path] = updated
@@ -82,15 +94,15 @@ class MaskFileStart:
 
     needs_stream = False
 
-    def __init__(self, masks: Masks, checkpoint: Checkpoint, model: Model, pattern: SparsityPattern):
-        self._masks, self._model, self._pattern = masks, model, pattern
+    def __init__(self, masks: Masks, checkpoint: Checkpoint, model: Model, pattern: SparsityPattern, devices: Devices):
+        self._masks, self._model, self._pattern, self._devices = masks, model, pattern, devices
         check_fit(masks.shapes, checkpoint, model, f"{masks.path}: mask")
 
-    def __call__(self, index: int, dense: Parameters, stream: jax.Array | None) -> tuple[BlockMasks, Parameters]:
+    def __call__(self, index: int, dense: Parameters, stream: Stream | None) -> tuple[BlockMasks, Parameters]:
         masks = {path: self._masks.read(name) for path, name in self._model.kernel_names(index).items()}
         for path, mask in masks.items():
             check_pattern(mask, self._pattern, f"{self._masks.path}: {self._model.kernel_names(index)[path]}")
-        return {path: jnp.asarray(mask) for path, mask in masks.items()}, {}
+        return self._devices.masks(self._model.sub_blocks, masks), {}
 
 
 class SparseCheckpointStart:
@@ -102,8 +114,10 @@ class SparseCheckpointStart:
 
     needs_stream = False
 
-    def __init__(self, sparse: Checkpoint, checkpoint: Checkpoint, model: Model, pattern: SparsityPattern):
-        self._sparse, self._model, self._pattern = sparse, model, pattern
+    def __init__(
+        self, sparse: Checkpoint, checkpoint: Checkpoint, model: Model, pattern: SparsityPattern, devices: Devices
+    ):
+        self._sparse, self._model, self._pattern, self._devices = sparse, model, pattern, devices
         block = next(iter(model.pruned_names())).partition(".0.")[0]
         held = {
             name: sparse.shape(name)
@@ -112,15 +126,16 @@ class SparseCheckpointStart:
         }
         check_fit(held, checkpoint, model, f"{sparse.location}: weight")
 
-    def __call__(self, index: int, dense: Parameters, stream: jax.Array | None) -> tuple[BlockMasks, Parameters]:
+    def __call__(self, index: int, dense: Parameters, stream: Stream | None) -> tuple[BlockMasks, Parameters]:
         masks, weights = {}, {}
         for path, name in self._model.kernel_names(index).items():
             tensor = self._sparse.read(name)
             mask = tensor != 0
             check_pattern(mask, self._pattern, f"{self._sparse.location}: {name}")
-            masks[path] = jnp.asarray(mask)
-            weights[path] = jnp.asarray(to_flax(path, tensor)).astype(dense[path].dtype)
-        return masks, weights
+            masks[path] = mask
+            weights[path] = to_flax(path, tensor).astype(dense[path].dtype)
+        sub_blocks = self._model.sub_blocks
+        return self._devices.masks(sub_blocks, masks), self._devices.block(sub_blocks, weights)
 
     def sparsity(self) -> float:
         """Fraction of zeros in all prunable weights: reads them all, one at a time."""

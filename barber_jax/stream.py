@@ -1,4 +1,4 @@
-"""The one loop: for each block, load -> starting mask -> rebuild -> hand over -> propagate -> drop.
+"""The one loop: for each block, load -> starting mask -> rebuild -> commit -> propagate -> drop.
 
 Two streams of activations go through the model in one pass: stream A is the model under the
 starting masks alone and gives each block its starting mask; stream B is the model as rebuilt so far and rebuilds it.
@@ -16,9 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from barber_jax import passes, rebuild
+from barber_jax.activations import Stream
 from barber_jax.config import PruneConfig
 from barber_jax.convert.checkpoint import Checkpoint
 from barber_jax.convert.parameters import read_parameters, to_hf
+from barber_jax.history import Commit, History
+from barber_jax.mesh import DATA, Devices
+from barber_jax.models.decoder import SubBlock
 from barber_jax.models.family import Model
 from barber_jax.passes import Parameters
 from barber_jax.progress import Progress
@@ -57,22 +61,36 @@ class Stopwatch:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-class _Run:
-    """What stays the same from block to block; see `prune_blocks`."""
+@dataclass
+class Pruning:
+    """Prunes a checkpoint's blocks in order, one in memory at a time; iterate over it once for their results.
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        model: Model,
-        ids: np.ndarray | None,
-        start: Start,
-        config: PruneConfig,
-        progress: Progress,
-    ):
-        self.checkpoint, self.model, self.start = checkpoint, model, start
-        self.config, self.progress = config, progress
-        self.block = model.block()
-        self.ids = None if ids is None else passes.micro_batches(ids, config.batch)
+    Args:
+        checkpoint, model: what to prune; tensors already checked.
+        ids: int32 [S, L] calibration tokens; None when neither `start` nor a rebuild looks at any.
+        start: gives the starting masks.
+        config: the options.
+        progress: told of every stage.
+        devices: what to compute on.
+        history: blocks finished earlier, which are only propagated again, and where new ones are committed.
+
+    Raises:
+        BarberError: a tensor is damaged.
+    """
+
+    checkpoint: Checkpoint
+    model: Model
+    ids: np.ndarray | None
+    start: Start
+    config: PruneConfig
+    progress: Progress
+    devices: Devices = field(default_factory=Devices)
+    history: History = field(default_factory=History)
+
+    def __post_init__(self):
+        self._block = self.model.block()
+        self._shapes = dict(self._block.shapes)
+        self._names = [self.model.kernel_names(index) for index in range(self.model.layers)]
 
     def __iter__(self) -> Iterator[BlockResult]:
         stream_a, stream_b = self._streams()
@@ -84,45 +102,97 @@ class _Run:
                     tensors = ahead.result()
                     if index + 1 < self.model.layers:
                         ahead = reader.submit(self._read, index + 1)
-                    dense = {path: jnp.asarray(value) for path, value in tensors.items()}
-                with watch.stage("start"):
-                    masks, weights = jax.block_until_ready(self.start(index, dense, stream_a))
-                if stream_a is not None:
-                    # After the last block nobody looks at stream A any more.
-                    with watch.stage("propagate"):
-                        if index + 1 < self.model.layers:
-                            stream_a = passes.propagate(self.block, {**dense, **weights}, masks, stream_a)
-                            jax.block_until_ready(stream_a)
-                subs = []
-                if stream_b is not None:
-                    masks, weights, stream_b, subs = self._rebuild(dense, masks, weights, stream_b, watch)
-                yield self._result(index, tensors, masks, weights, subs, watch)
+                    dense = self.devices.block(self.model.sub_blocks, tensors)
+                if index < self.history.finished:
+                    commit = self.history.load(index, self._shapes)
+                    stream_a, stream_b = self._replay(index, dense, commit, stream_a, stream_b, watch)
+                else:
+                    commit, stream_a, stream_b = self._prune(index, dense, stream_a, stream_b, watch)
+                yield self._result(index, tensors, commit)
 
-    def _streams(self) -> tuple[jax.Array | None, jax.Array | None]:
+    def _streams(self) -> tuple[Stream | None, Stream | None]:
         """Streams A and B at the embeddings' output; None for one that the run does not need."""
         if not (self.start.needs_stream or self.config.rebuild):
             return None, None
-        embed = {path: jnp.asarray(v) for path, v in read_parameters(self.checkpoint, self.model.names.embed).items()}
-        hidden = passes.embed(self.model.embed(), embed, self.ids)
-        if not self.config.rebuild:
-            return hidden, None
-        # Each stream is consumed by its passes, so the two cannot share their start.
-        return (hidden.copy() if self.start.needs_stream else None), hidden
+        read = read_parameters(self.checkpoint, self.model.names.embed)
+        parameters = {path: self.devices.put(value) for path, value in read.items()}
+        ids = passes.micro_batches(self.ids, self.config.batch, self.devices.shape[0])
+        # Offloaded micro-batches are embedded one by one: all at once would have to fit on the device.
+        chunks = np.split(ids, len(ids)) if self.config.offload_activations else [ids]
+
+        def stream() -> Stream:
+            embedded = (
+                passes.embed(self.model.embed(), parameters, self.devices.put(chunk, None, DATA)) for chunk in chunks
+            )
+            return Stream(embedded, self.config.offload_activations)
+
+        return (stream() if self.start.needs_stream else None), (stream() if self.config.rebuild else None)
 
     def _read(self, index: int) -> dict[str, np.ndarray]:
         return read_parameters(self.checkpoint, self.model.names.of_block(index))
 
+    def _prune(
+        self, index: int, dense: Parameters, stream_a: Stream | None, stream_b: Stream | None, watch: Stopwatch
+    ) -> tuple[Commit, Stream | None, Stream | None]:
+        """What came of the block, committed, and both streams after it."""
+        with watch.stage("start"):
+            start_masks, start_weights = jax.block_until_ready(self.start(index, dense, stream_a))
+        stream_a = self._propagate(index, {**dense, **start_weights}, start_masks, stream_a, watch)
+        masks, weights, subs = start_masks, start_weights, []
+        if stream_b is not None:
+            masks, weights, stream_b, subs = self._rebuild(dense, start_masks, start_weights, stream_b, watch)
+        with watch.stage("commit"):
+            seen = (start_masks, start_weights) if self.start.needs_stream and self.config.rebuild else ({}, {})
+            commit = Commit(*self.devices.fetch((masks, weights, *seen)), record={})
+            commit.record = self._record(index, commit.masks, subs, watch)
+            self.history.commit(index, commit)
+        return commit, stream_a, stream_b
+
+    def _replay(
+        self,
+        index: int,
+        dense: Parameters,
+        commit: Commit,
+        stream_a: Stream | None,
+        stream_b: Stream | None,
+        watch: Stopwatch,
+    ) -> tuple[Stream | None, Stream | None]:
+        """Both streams after a block that was finished earlier."""
+        sub_blocks = self.model.sub_blocks
+        masks = self.devices.masks(sub_blocks, commit.masks)
+        weights = {**dense, **self.devices.block(sub_blocks, commit.weights)}
+        start_masks, start_weights = masks, weights
+        if commit.start_masks:
+            start_masks = self.devices.masks(sub_blocks, commit.start_masks)
+            start_weights = {**dense, **self.devices.block(sub_blocks, commit.start_weights)}
+        stream_a = self._propagate(index, start_weights, start_masks, stream_a, watch)
+        if stream_b is not None:
+            for sub in sub_blocks:
+                with watch.stage(f"{sub.name} propagate"):
+                    stream_b, _ = self._advance(sub, weights, masks, None, stream_b)
+        return stream_a, stream_b
+
+    def _propagate(
+        self, index: int, weights: Parameters, masks: BlockMasks, stream: Stream | None, watch: Stopwatch
+    ) -> Stream | None:
+        """Stream A after the block."""
+        if stream is None or index + 1 == self.model.layers:
+            # After the last block nobody looks at it any more.
+            return None
+        with watch.stage("propagate"):
+            chunks = (passes.propagate(self._block, weights, masks, chunk) for chunk in stream.take())
+            return Stream(chunks, self.config.offload_activations).ready()
+
     def _rebuild(
-        self, dense: Parameters, masks: BlockMasks, weights: Parameters, stream: jax.Array, watch: Stopwatch
-    ) -> tuple[BlockMasks, Parameters, jax.Array, list[dict]]:
+        self, dense: Parameters, masks: BlockMasks, weights: Parameters, stream: Stream, watch: Stopwatch
+    ) -> tuple[BlockMasks, Parameters, Stream, list[dict]]:
         """Rebuilt masks, surviving weights where they are not the dense ones, stream B after the block, records."""
         rebuilt, survivors, records = {}, {}, []
         for sub in self.model.sub_blocks:
             own = {path: masks[path] for path in sub.kernels}
             start = {path: weights[path] for path in sub.kernels if path in weights}
             with watch.stage(f"{sub.name} gradient"):
-                found = rebuild.importance(self.block, sub, dense, start, own, stream)
-                importance, before, target = jax.block_until_ready(found)
+                importance, before, target = self._importance(sub, dense, start, own, stream)
             with watch.stage(f"{sub.name} swap"):
                 if self.config.retain_reconstruction:
                     survivors |= rebuild.survivors({path: dense[path] for path in start}, start, own)
@@ -139,28 +209,55 @@ class _Run:
                 )
                 swaps = {path: int(count) for path, count in revived.items()}
             with watch.stage(f"{sub.name} propagate"):
-                stream, after = jax.block_until_ready(rebuild.advance(self.block, sub, base, new, target, stream))
+                stream, after = self._advance(sub, base, new, target, stream)
             rebuilt.update(new)
-            records.append({"loss_before": float(before), "loss_after": float(after), "swaps": swaps})
+            records.append({"loss_before": before, "loss_after": after, "swaps": swaps})
         return rebuilt, survivors, stream, records
 
-    def _result(
-        self,
-        index: int,
-        tensors: dict[str, np.ndarray],
-        masks: BlockMasks,
-        weights: Parameters,
-        rebuilt: list[dict],
-        watch: Stopwatch,
-    ) -> BlockResult:
-        names = self.model.kernel_names(index)
-        kept = {path: np.asarray(mask) for path, mask in masks.items()}
+    def _importance(
+        self, sub: SubBlock, dense: Parameters, start: Parameters, masks: BlockMasks, stream: Stream
+    ) -> tuple[Parameters, float, Stream]:
+        """Importance of every weight of a sub-block, its loss before the swap, its dense outputs."""
+        totals = rebuild.no_totals(self._block, sub)
+
+        def outputs() -> Iterator[jax.Array]:
+            nonlocal totals
+            for chunk in stream:
+                totals, out = rebuild.accumulate(self._block, sub, dense, start, masks, chunk, totals)
+                yield out
+
+        target = Stream(outputs(), self.config.offload_activations)
+        importance, loss = rebuild.importance(sub, totals, jnp.float32(len(self.ids)))
+        return jax.block_until_ready(importance), float(loss), target
+
+    def _advance(
+        self, sub: SubBlock, weights: Parameters, masks: BlockMasks, target: Stream | None, stream: Stream
+    ) -> tuple[Stream, float]:
+        """Stream B after a sub-block, and its loss against `target`. Without one the loss means nothing, but what is
+        run is the same, so that a replayed stream is so to the last bit."""
+        own = {path: masks[path] for path in sub.kernels}
+        losses = []
+
+        def outputs() -> Iterator[jax.Array]:
+            dense = iter(target.take()) if target else None
+            for chunk in stream.take():
+                wanted = next(dense) if dense else jnp.zeros_like(chunk)
+                after, loss = rebuild.advance(self._block, sub, weights, own, wanted, chunk)
+                losses.append((loss, chunk.shape[0]))
+                yield after
+
+        after = Stream(outputs(), self.config.offload_activations).ready()
+        return after, sum(float(loss) for loss, _ in losses) / sum(count for _, count in losses)
+
+    def _record(self, index: int, masks: dict[str, np.ndarray], rebuilt: list[dict], watch: Stopwatch) -> dict:
+        """The block's entry in run.json."""
+        names = self._names[index]
         subs = []
         for place, sub in enumerate(self.model.sub_blocks):
             entry = dict(rebuilt[place]) if rebuilt else {}
             swaps = entry.pop("swaps", None)
             matrices = {
-                names[path]: {"size": kept[path].size, "pruned": int(kept[path].size - np.count_nonzero(kept[path]))}
+                names[path]: {"size": masks[path].size, "pruned": int(masks[path].size - np.count_nonzero(masks[path]))}
                 | ({"revived": swaps[path]} if swaps else {})
                 for path in sub.kernels
             }
@@ -169,32 +266,12 @@ class _Run:
             if swaps:
                 entry["swaps"] = sum(swaps.values())
             subs.append({"name": sub.name, **entry, "matrices": matrices})
-        record = {"block": index, "sub_blocks": subs, "seconds": watch.seconds}
+        return {"block": index, "sub_blocks": subs, "seconds": dict(watch.seconds)}
+
+    def _result(self, index: int, tensors: dict[str, np.ndarray], commit: Commit) -> BlockResult:
+        names = self._names[index]
         return BlockResult(
-            {names[path]: mask for path, mask in kept.items()},
-            {names[path]: to_hf(path, np.asarray(weights.get(path, tensors[path]))) for path in names},
-            record,
+            {names[path]: mask for path, mask in commit.masks.items()},
+            {names[path]: to_hf(path, commit.weights.get(path, tensors[path])) for path in names},
+            commit.record,
         )
-
-
-def prune_blocks(
-    checkpoint: Checkpoint,
-    model: Model,
-    ids: np.ndarray | None,
-    start: Start,
-    config: PruneConfig,
-    progress: Progress,
-) -> Iterator[BlockResult]:
-    """Prune a checkpoint's blocks in order, one in memory at a time.
-
-    Args:
-        checkpoint, model: what to prune; tensors already checked.
-        ids: int32 [S, L] calibration tokens; None when neither `start` nor a rebuild looks at any.
-        start: gives the starting masks.
-        config: the options.
-        progress: told of every stage.
-
-    Raises:
-        BarberError: a tensor is damaged.
-    """
-    return iter(_Run(checkpoint, model, ids, start, config, progress))

@@ -46,6 +46,10 @@ class Checkpoint(abc.ABC):
         """Read one tensor from disk. Raises BarberError naming the file if it is damaged."""
 
     @abc.abstractmethod
+    def sources(self) -> list[Path]:
+        """Every file that decides what the checkpoint holds, in a fixed order; the tokenizer's are not among them."""
+
+    @abc.abstractmethod
     def tokenizer(self):
         """The model's `transformers` tokenizer. Raises BarberError when there is none."""
 

@@ -55,6 +55,12 @@ def _absolute(path: Path) -> Path:
     return Path(os.path.realpath(os.path.expanduser(path)))
 
 
+def beside(out: Path, suffix: str) -> Path:
+    """A name next to a folder's final one, for what is not finished."""
+    out = _absolute(out)
+    return out.with_name(out.name + suffix)
+
+
 class FolderWriter:
     """A checkpoint folder in the making; a context manager that removes what is unfinished.
 
@@ -79,7 +85,7 @@ class FolderWriter:
         sparsity: float = 0.0,
     ):
         self.out = _absolute(out)
-        self.folder = self.out.with_name(self.out.name + ".partial")
+        self.folder = beside(self.out, ".partial")
         self._source = source
         if MASKS in source.files.values():
             raise BarberError(f"{source.location}: its shard {MASKS} has the name of the mask file; rename the shard")

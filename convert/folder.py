@@ -119,6 +119,9 @@ class ShardedFolder(ModelFolder):
             raise BarberError(f"{self.location}: tensor {name} has dtype {given}; known: {', '.join(self.dtypes)}")
         return self.dtypes[given]
 
+    def sources(self) -> list[Path]:
+        return [self.folder / file for file in ("config.json", *sorted({file for file, _ in self._stored.values()}))]
+
     def fetch(self, name: str) -> np.ndarray:
         file, stored = self._stored[name]
         return self._fetch(self.folder / file, stored)

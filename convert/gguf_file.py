@@ -70,6 +70,9 @@ class GGUFCheckpoint(Checkpoint):
             {name: math.prod(self.shape(name)) * self.dtype(name).itemsize for name in self.names()}
         )
 
+    def sources(self) -> list[Path]:
+        return [self._path]
+
     def names(self) -> list[str]:
         """Every tensor's Hugging Face name, in the order of the model."""
         return list(self._sources)

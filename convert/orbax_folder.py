@@ -54,6 +54,9 @@ class OrbaxCheckpoint(ModelFolder):
         self._stored = stored
         self.files = split_files({name: self.size(name) * self.dtype(name).itemsize for name in self._paths})
 
+    def sources(self) -> list[Path]:
+        return [self.folder / "config.json", *sorted(path for path in self._tree.rglob("*") if path.is_file())]
+
     def names(self) -> list[str]:
         return list(self._paths)
 

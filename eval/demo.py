@@ -9,7 +9,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from barber_jax.command import set_precision
+from barber_jax.command import set_compilation_cache, set_precision
 from barber_jax.config import PruneConfig
 from barber_jax.errors import BarberError, exit_with_one_line
 from barber_jax.eval.perplexity import PerplexityConfig, evaluate
@@ -59,6 +59,7 @@ def run() -> None:
     model = fetch(*MODEL, folder)
     calibration, held_apart = split_prose(fetch(*PROSE, folder), folder)
     set_precision()
+    set_compilation_cache(None)
     print("measuring the dense model ...", flush=True)
     dense = evaluate(PerplexityConfig(str(model), length=LENGTH, text=held_apart, windows=WINDOWS))
     out = folder / "pruned"

@@ -22,7 +22,7 @@ from jax import lax
 
 from barber_jax import text
 from barber_jax.calibration import check_ids, load_ids
-from barber_jax.command import parse, set_precision
+from barber_jax.command import parse, set_compilation_cache, set_precision
 from barber_jax.config import ComputeDtype
 from barber_jax.convert.checkpoint import Checkpoint, open_checkpoint
 from barber_jax.convert.export import writing
@@ -32,7 +32,7 @@ from barber_jax.eval.forward import final_hidden, on_device
 from barber_jax.models import build_model
 from barber_jax.models.decoder import Definition
 from barber_jax.models.family import Model
-from barber_jax.passes import Parameters, micro_batches
+from barber_jax.passes import Parameters, default_batch, micro_batches
 
 # The loss of this many tokens is taken at a time, so that logits over a large vocabulary stay small.
 HEAD_TOKENS = 256
@@ -57,8 +57,8 @@ class PerplexityConfig:
     """Column that holds the text, for files with columns."""
     windows: int | None = None
     """How many windows. Default: all (c4: 256)."""
-    batch: int = 4
-    """Windows in a micro-batch."""
+    batch: int | None = None
+    """Windows in a micro-batch. Default: 8; on CPU as many as make about 1024 tokens."""
     compute_dtype: ComputeDtype = "float32"
     """Dtype of activations and matrix products."""
     json: Path | None = None
@@ -147,12 +147,12 @@ def window_losses(definition: Definition, parameters: Parameters, hidden: jax.Ar
     return lax.map(window, (hidden, targets))
 
 
-def perplexity(checkpoint: Checkpoint, model: Model, windows: np.ndarray, batch: int = 4) -> dict:
+def perplexity(checkpoint: Checkpoint, model: Model, windows: np.ndarray, batch: int | None = None) -> dict:
     """Perplexity of a checkpoint on windows of token ids.
 
     Args:
         windows: int32 [N, L].
-        batch: windows in a micro-batch.
+        batch: windows in a micro-batch; None: `default_batch`.
 
     Returns:
         `perplexity`, `nll` (mean over windows, nats), `windows`, `length`, and `tokens` (predicted ones).
@@ -163,7 +163,7 @@ def perplexity(checkpoint: Checkpoint, model: Model, windows: np.ndarray, batch:
     count, length = windows.shape
     if length > model.positions:
         raise BarberError(f"--length {length} is more than the model's {model.positions} positions")
-    ids = micro_batches(windows, batch)
+    ids = micro_batches(windows, batch or default_batch(length))
     hidden = final_hidden(checkpoint, model, ids)
     parameters = on_device(read_parameters(checkpoint, model.names.head))
     nll = float(np.mean(np.asarray(window_losses(model.head(), parameters, hidden, ids), np.float64)))
@@ -197,6 +197,7 @@ def run(arguments: list[str] | None = None) -> None:
     """The command line: prints the perplexity, writes --json."""
     config = parse(PerplexityConfig, "barber_jax.eval.perplexity", arguments)
     set_precision()
+    set_compilation_cache(None)
     if config.json is not None and (config.json.is_dir() or not config.json.parent.is_dir()):
         # Before the work, not after it.
         raise BarberError(f"--json {config.json} is a folder or lies in none; name a file in a folder that exists")

@@ -97,7 +97,7 @@ def test_every_block_agrees(granularity, folder, ids, reference, monkeypatch):
     monkeypatch.setattr(rebuild, "swap_masks", forced_swap)
     with Progress(model.layers) as progress:
         given = Forced(CRITERIA["wanda"], model, SAMPLES, config.sparsity_pattern, progress.say)
-        for _ in stream.prune_blocks(checkpoint, model, ids, given, config, progress):
+        for _ in stream.Pruning(checkpoint, model, ids, given, config, progress):
             pass
     worst = min(agreement, key=agreement.get)
     print(granularity, "worst", worst, agreement[worst])

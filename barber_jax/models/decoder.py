@@ -47,6 +47,11 @@ class SubBlock:
         """Parameter paths of the prunable kernels, [in, out] each."""
         return tuple(f"{linear}.kernel" for linear, _ in self.linears)
 
+    def splits_outputs(self, path: str) -> bool:
+        """Whether devices that share a kernel hold different outputs (it reads the sub-block's own input) or different
+        inputs (it reads what such linears made)."""
+        return dict(self.linears)[path.removesuffix(".kernel")] == self.linears[0][1]
+
 
 class Block(nnx.Module):
     """A decoder block that can be run one sub-block at a time.
