@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -160,8 +161,9 @@ def run_identity(config: PruneConfig, checkpoint: Checkpoint, ids: np.ndarray | 
     identity = {f"--{name.replace('_', '-')}": options[name] for name in options if name not in UNIMPORTANT}
     for option, given in (("--ckpt", checkpoint), ("--sparse-ckpt", config.sparse_ckpt)):
         if given:
-            opened = open_checkpoint(given) if isinstance(given, str) else given
-            identity |= {f"content of {option} {path.name}": fingerprint(path) for path in opened.sources()}
+            sources = (open_checkpoint(given) if isinstance(given, str) else given).sources()
+            for path in sources:
+                identity[f"content of {option} {os.path.relpath(path, sources[0].parent)}"] = fingerprint(path)
     if config.masks:
         identity["content of --masks"] = fingerprint(config.masks.expanduser())
     if ids is not None:

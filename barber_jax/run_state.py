@@ -4,33 +4,27 @@ FOLDER/identity.json says which run it is. FOLDER/0, FOLDER/1, ... are steps of 
 holds block N and nothing else, in one safetensors file whose metadata carry the block's record and a checksum.
 """
 
+import contextlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
-import xxhash
-from safetensors import SafetensorError, safe_open
 
+from barber_jax.block_file import DAMAGE, Block, BlockRestore, BlockSave
 from barber_jax.convert.export import writing
-from barber_jax.convert.safetensors_writer import SafetensorsWriter
 from barber_jax.errors import BarberError
-from barber_jax.fingerprint import array_fingerprint
 
 IDENTITY = "identity.json"
 ITEM = "block"
-FILE = "block.safetensors"
+"""What Orbax calls that which a step holds."""
 HASH = "content of "
 """What the names of identity entries begin with that are hashes."""
 NAMED = 8
 """Differing identity entries that an error names, at most."""
-
-Block = tuple[dict[str, np.ndarray], dict]
-"""Arrays by name, and the record."""
 
 
 class RunState:
@@ -85,7 +79,7 @@ class RunState:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, folder / IDENTITY)
-        return cls(folder)
+            return cls(folder)
 
     @classmethod
     def resume(cls, folder: Path, identity: dict[str, Any]) -> "RunState":
@@ -129,9 +123,10 @@ class RunState:
             raise ValueError(f"block {index} is committed where {self.finished} is next")
         try:
             with writing(self.folder / str(index)):
-                self._manager.save(index, args=ocp.args.Composite(**{ITEM: _Save((arrays, record))}), force=True)
+                self._manager.save(index, args=ocp.args.Composite(**{ITEM: BlockSave((arrays, record))}), force=True)
         except BaseException:
-            self._sweep()
+            with contextlib.suppress(OSError):
+                self._sweep()
             raise
         self.finished += 1
 
@@ -145,7 +140,7 @@ class RunState:
             raise ValueError(f"block {index} is not among the {self.finished} finished ones")
         try:
             return self._read(index)
-        except _DAMAGE as error:
+        except DAMAGE as error:
             place = self.folder / str(index)
             raise BarberError(f"{place}: damaged ({_gist(error)}); --resume computes it again") from error
 
@@ -166,14 +161,14 @@ class RunState:
         self.close()
 
     def _read(self, index: int) -> Block:
-        return self._manager.restore(index, args=ocp.args.Composite(**{ITEM: _Restore()}))[ITEM]
+        return self._manager.restore(index, args=ocp.args.Composite(**{ITEM: BlockRestore()}))[ITEM]
 
     def _is_whole(self, index: int) -> bool:
         try:
             self._read(index)
         except PermissionError as error:
             raise BarberError(f"cannot read {self.folder / str(index)}: {error.strerror}; mend that") from error
-        except _DAMAGE:
+        except DAMAGE:
             return False
         return True
 
@@ -181,53 +176,7 @@ class RunState:
         """Delete what a commit that was cut short has left."""
         for path in self.folder.iterdir():
             if path.name != IDENTITY and not _is_step(path):
-                _delete_tree(path, ignore_errors=True)
-
-
-class _BlockHandler(ocp.CheckpointHandler):
-    """Reads and writes a block as Orbax's item: Orbax's own handlers for arrays and JSON take five times as long, and
-    have no checksum over both."""
-
-    def save(self, directory: os.PathLike, args: "_Save") -> None:
-        arrays, record = args.block
-        content = json.dumps({"names": list(arrays), "record": record})
-        metadata = {"content": content, "checksum": _checksum(arrays, content)}
-        specs = {name: (array.dtype, array.shape) for name, array in arrays.items()}
-        with SafetensorsWriter(Path(directory) / FILE, specs, metadata) as file:
-            for name, array in arrays.items():
-                file.write(name, array)
-
-    def restore(self, directory: os.PathLike, args: "_Restore") -> Block:
-        with safe_open(Path(directory) / FILE, "np") as file:
-            metadata = file.metadata()
-            content = json.loads(metadata["content"])
-            arrays = {name: file.get_tensor(name) for name in content["names"]}
-        if metadata["checksum"] != _checksum(arrays, metadata["content"]):
-            raise ValueError("the checksum is another")
-        return arrays, content["record"]
-
-
-@ocp.args.register_with_handler(_BlockHandler, for_save=True)
-@dataclass
-class _Save(ocp.args.CheckpointArgs):
-    block: Block
-
-
-@ocp.args.register_with_handler(_BlockHandler, for_restore=True)
-@dataclass
-class _Restore(ocp.args.CheckpointArgs):
-    pass
-
-
-_DAMAGE = (SafetensorError, OSError, ValueError, KeyError, TypeError)
-"""What reading a damaged step can raise."""
-
-
-def _checksum(arrays: dict[str, np.ndarray], content: str) -> str:
-    digest = xxhash.xxh3_128(content.encode())
-    for array in arrays.values():
-        digest.update(array_fingerprint(array))
-    return digest.hexdigest()
+                _delete_tree(path)
 
 
 def _check_identity(folder: Path, identity: dict[str, Any]) -> None:
@@ -280,8 +229,8 @@ def _delete(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def _delete_tree(path: Path, ignore_errors: bool = False) -> None:
+def _delete_tree(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors)
+        shutil.rmtree(path)
     else:
         path.unlink()

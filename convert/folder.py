@@ -120,7 +120,9 @@ class ShardedFolder(ModelFolder):
         return self.dtypes[given]
 
     def sources(self) -> list[Path]:
-        return [self.folder / file for file in ("config.json", *sorted({file for file, _ in self._stored.values()}))]
+        index = [self.index] if (self.folder / self.index).exists() else []
+        shards = sorted({file for file, _ in self._stored.values()})
+        return [self.folder / file for file in ("config.json", *index, *shards)]
 
     def fetch(self, name: str) -> np.ndarray:
         file, stored = self._stored[name]
