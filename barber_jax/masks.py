@@ -10,6 +10,7 @@ for every granularity, and stay correct when a group spans devices.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -147,7 +148,8 @@ def keep_n_of_m(scores: jax.Array, keep: int, of: int) -> jax.Array:
     return (_rank(grouped, jnp.ones(grouped.shape, bool)) >= of - keep).reshape(scores.shape)
 
 
-def count_swaps(keys: Arrays, masks: Arrays, alpha: float, axes: tuple[int, ...]) -> jax.Array:
+@partial(jax.jit, static_argnames="axes")
+def count_swaps(metric: Arrays, masks: Arrays, alpha: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """How many pairs each group swaps: floor(float32(R) * float32(alpha)), arXiv 2408.10631, section 3.3.
 
     With the pruned weights' metric sorted descending (g) and the kept weights' ascending (p), R counts the i with
@@ -155,24 +157,25 @@ def count_swaps(keys: Arrays, masks: Arrays, alpha: float, axes: tuple[int, ...]
     kept weights at or below it: R = max over t of min(#pruned > t, #kept <= t). The two counts cross where as many
     weights of both kinds are at or below t as there are pruned ones.
 
-    Args:
-        keys: per matrix, int32 [O, I], ordered as the metric.
-
     Returns:
         int32, one number a group, axes kept.
     """
-    pruned, kept = _among(keys, [~mask for mask in masks]), _among(keys, masks)
+    keys = [_keys(m) for m in metric]
     total = _count([~mask for mask in masks], axes)
     cross = _threshold(keys, total, axes)
-    above = total - _at_most(pruned, cross, axes)
+
+    def at_most(bound: jax.Array, kind: Arrays) -> jax.Array:
+        return _count([flag & (key <= bound) for flag, key in zip(kind, keys, strict=True)], axes)
+
+    above = total - at_most(cross, [~mask for mask in masks])
     # No key is below 0, so that at a crossing of 0 this counts none.
-    outliers = jnp.maximum(above, _at_most(kept, cross - 1, axes))
+    outliers = jnp.maximum(above, at_most(cross - 1, masks))
     # float32(R) may round up to more than R when R > 2^24.
     swaps = jnp.floor(outliers.astype(jnp.float32) * jnp.float32(alpha)).astype(jnp.int32)
     return jnp.minimum(swaps, outliers)
 
 
-def swap(metric: Arrays, masks: Arrays, alpha: float, granularity: str) -> Arrays:
+def swap(metric: Arrays, masks: Arrays, alpha: jax.Array, granularity: str) -> Arrays:
     """New masks of one sub-block: in every comparison group the most important pruned weights replace the least
     important kept ones (arXiv 2408.10631, section 3.3). Sparsity of every group is unchanged exactly.
 
@@ -187,19 +190,28 @@ def swap(metric: Arrays, masks: Arrays, alpha: float, granularity: str) -> Array
     return _swap_group(metric, masks, alpha, AXES[granularity])
 
 
-def _revived(keys: Arrays, masks: Arrays, k: jax.Array, axes: tuple[int, ...]) -> Arrays:
-    return _lowest(_among([HIGHEST - key for key in keys], [~mask for mask in masks]), k, axes)
+# Three programs and not one: what each needs for a while is several times as large as the weights, and only between
+# programs is it sure to be given back.
+@partial(jax.jit, static_argnames="axes")
+def _revived(metric: Arrays, masks: Arrays, k: jax.Array, axes: tuple[int, ...]) -> Arrays:
+    """Flags for the k most important pruned weights of every group."""
+    return _lowest(_among([HIGHEST - _keys(m) for m in metric], [~mask for mask in masks]), k, axes)
 
 
-def _swap_group(metric: Arrays, masks: Arrays, alpha: float, axes: tuple[int, ...]) -> Arrays:
-    keys = [_keys(m) for m in metric]
-    k = count_swaps(keys, masks, alpha, axes)
-    revived = _revived(keys, masks, k, axes)
-    pruned = _lowest(_among(keys, masks), k, axes)
-    return [(mask | r) & ~p for mask, r, p in zip(masks, revived, pruned, strict=True)]
+@partial(jax.jit, static_argnames="axes")
+def _swapped(metric: Arrays, masks: Arrays, revived: Arrays, k: jax.Array, axes: tuple[int, ...]) -> Arrays:
+    """New masks: without the k least important kept weights of every group, and with the revived."""
+    lost = _lowest(_among([_keys(m) for m in metric], masks), k, axes)
+    return [(mask | r) & ~p for mask, r, p in zip(masks, revived, lost, strict=True)]
 
 
-def swap_n_of_m(metric: jax.Array, mask: jax.Array, alpha: float, keep: int, of: int) -> jax.Array:
+def _swap_group(metric: Arrays, masks: Arrays, alpha: jax.Array, axes: tuple[int, ...]) -> Arrays:
+    k = count_swaps(metric, masks, alpha, axes)
+    return _swapped(metric, masks, _revived(metric, masks, k, axes), k, axes)
+
+
+@partial(jax.jit, static_argnames=("keep", "of"))
+def swap_n_of_m(metric: jax.Array, mask: jax.Array, alpha: jax.Array, keep: int, of: int) -> jax.Array:
     """New N:M mask of one matrix: k swaps for each output as in `swap`; a group of M then loses as many of the weights
     it kept before, lowest metric first, as it revived.
 
@@ -210,8 +222,8 @@ def swap_n_of_m(metric: jax.Array, mask: jax.Array, alpha: float, keep: int, of:
         metric: non-negative float32 [O, I]. mask: bool [O, I] that keeps N of every M.
     """
     keys, axes = _keys(metric), AXES["output1"]
-    k = count_swaps([keys], [mask], alpha, axes)
-    revived = _revived([keys], [mask], k, axes)[0]
+    k = count_swaps([metric], [mask], alpha, axes)
+    revived = _revived([metric], [mask], k, axes)[0]
     grouped = (mask.shape[0], -1, of)
     keys, kept, revived = keys.reshape(grouped), mask.reshape(grouped), revived.reshape(grouped)
     revived &= _rank(HIGHEST - keys, revived) < keep

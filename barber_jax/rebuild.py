@@ -133,45 +133,62 @@ def survivors(dense: Parameters, start: Parameters, masks: dict[str, jax.Array])
     return {path: jnp.where(masks[path].T, weight, dense[path]) for path, weight in start.items()}
 
 
-@partial(jax.jit, static_argnames=("sub", "metric", "granularity", "pattern"))
+@partial(jax.jit, static_argnames=("sub", "metric"))
+def scores(sub: SubBlock, weights: Parameters, importance: dict[str, jax.Array], metric: str) -> dict[str, jax.Array]:
+    """By what weights compete.
+
+    Args:
+        weights: kernel path -> [in, out] weights that survive.
+        importance: kernel path -> float32 D [in, out].
+        metric: `wd`, `w` or `d`.
+
+    Returns:
+        kernel path -> float32 [out, in].
+    """
+
+    def score(path: str) -> jax.Array:
+        weight, root = jnp.abs(weights[path].astype(jnp.float32)), importance[path]
+        return constrain({"wd": weight * root, "w": weight, "d": root}[metric].T, *mask_axes(sub, path))
+
+    return {path: score(path) for path in sub.kernels}
+
+
 def swap_masks(
     sub: SubBlock,
-    weights: Parameters,
-    importance: dict[str, jax.Array],
+    scores: dict[str, jax.Array],
     masks: dict[str, jax.Array],
     alpha: jax.Array,
     *,
-    metric: str,
     granularity: str,
     pattern: SparsityPattern,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """The rebuilt masks of a sub-block.
 
     Args:
-        weights: kernel path -> [in, out] weights that the score uses and that survive.
-        importance: kernel path -> float32 D [in, out].
+        scores: kernel path -> float32 [out, in].
         masks: kernel path -> bool [out, in] starting mask.
         alpha: fraction of outlier pairs to swap.
-        metric: `wd`, `w` or `d`.
 
     Returns:
         new masks, and for each the number of revived weights.
     """
     order = sub.kernels  # not the dictionaries' order: jit sorts their keys
-
-    def score(path):
-        weight, root = jnp.abs(weights[path].astype(jnp.float32)), importance[path]
-        return {"wd": weight * root, "w": weight, "d": root}[metric].T
-
-    scores, old = [score(path) for path in order], [masks[path] for path in order]
+    values, old = [scores[path] for path in order], [masks[path] for path in order]
     if pattern.structured:
-        pairs = zip(scores, old, strict=True)
+        pairs = zip(values, old, strict=True)
         new = [selection.swap_n_of_m(s, m, alpha, pattern.keep, pattern.of) for s, m in pairs]
     else:
-        new = selection.swap(scores, old, alpha, granularity)
-    new = [constrain(mask, *mask_axes(sub, path)) for mask, path in zip(new, order, strict=True)]
-    revived = [constrain(jnp.sum(n & ~o, dtype=jnp.int32)) for n, o in zip(new, old, strict=True)]
-    return dict(zip(order, new, strict=True)), dict(zip(order, revived, strict=True))
+        new = selection.swap(values, old, alpha, granularity)
+    return _settled(sub, dict(zip(order, new, strict=True)), masks)
+
+
+@partial(jax.jit, static_argnames="sub")
+def _settled(
+    sub: SubBlock, new: dict[str, jax.Array], old: dict[str, jax.Array]
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """New masks where masks lie, and how many weights each revives."""
+    new = {path: constrain(new[path], *mask_axes(sub, path)) for path in sub.kernels}
+    return new, {path: constrain(jnp.sum(new[path] & ~old[path], dtype=jnp.int32)) for path in sub.kernels}
 
 
 @partial(jax.jit, static_argnames=("definition", "sub"), donate_argnames="stream")

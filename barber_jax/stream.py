@@ -197,16 +197,13 @@ class Pruning:
                 if self.config.retain_reconstruction:
                     survivors |= rebuild.survivors({path: dense[path] for path in start}, start, own)
                 base = {**dense, **survivors}
-                new, revived = rebuild.swap_masks(
-                    sub,
-                    {path: base[path] for path in sub.kernels},
-                    importance,
-                    own,
-                    jnp.float32(self.config.alpha),
-                    metric=self.config.metric,
-                    granularity=self.config.granularity,
-                    pattern=self.config.sparsity_pattern,
-                )
+                kernels = {path: base[path] for path in sub.kernels}
+                scores = rebuild.scores(sub, kernels, importance, self.config.metric)
+                del importance
+                granularity, pattern = self.config.granularity, self.config.sparsity_pattern
+                alpha = jnp.float32(self.config.alpha)
+                new, revived = rebuild.swap_masks(sub, scores, own, alpha, granularity=granularity, pattern=pattern)
+                del scores
                 swaps = {path: int(count) for path, count in revived.items()}
             with watch.stage(f"{sub.name} propagate"):
                 stream, after = self._advance(sub, base, new, target, stream)

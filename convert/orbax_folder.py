@@ -182,4 +182,10 @@ def _checkpointer() -> ocp.Checkpointer:
     # Without a handler of jax.Array Orbax warns.
     others = (jax.Array, ocp.type_handlers.ArrayHandler())
     registry = ocp.type_handlers.create_type_handler_registry((_Leaf, handler), (np.ndarray, handler), others)
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry))
+    # Each of several processes reads and writes by itself; by default Orbax would wait for the others.
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
+    )
+    tree = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, multiprocessing_options=alone)
+    return ocp.Checkpointer(tree, multiprocessing_options=alone)

@@ -42,7 +42,7 @@ def start(inputs, out, processes, *options, program=("-m", "barber_jax.prune")):
     ]
 
 
-@pytest.mark.parametrize("options", [[], ["--mesh", "data=2,model=2"], ["--method", "sparsegpt"]])
+@pytest.mark.parametrize("options", [[], ["--mesh", "data=2,model=2"], ["--method", "sparsegpt", "--format", "both"]])
 def test_two_processes_of_two_devices_give_the_masks_of_one(options, inputs):
     both = start(inputs, inputs / "two", 2, *options)
     said = [process.communicate(timeout=300)[1] for process in both]

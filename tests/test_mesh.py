@@ -8,13 +8,12 @@ import textwrap
 
 import numpy as np
 import pytest
-from cli import prune_masks
-from models import BASE, write_model
+from cli import ORACLES, prune_masks
 
 from barber_jax.convert.mask_file import read_masks
 
+LLAMA, IDS = ORACLES / "llama", "calibration_ids.npy"
 MESHES = ["data=8,model=1", "data=1,model=8", "data=4,model=2", "data=2,model=4"]
-SIZES = dict(hidden_size=64, intermediate_size=96, num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=2)
 SETTINGS = {
     "output1": ["--granularity", "output1"],
     "input1": ["--granularity", "input1"],
@@ -23,7 +22,7 @@ SETTINGS = {
     "2:4": ["--pattern", "2:4"],
     "sparsegpt": ["--method", "sparsegpt", "--retain-reconstruction"],
 }
-RUN = ["--samples", "8", "--length", "16", "--alpha", "0.3"]
+RUN = ["--samples", "8", "--length", "64", "--alpha", "0.1"]
 
 # Runs of one process, one after another, so that eight virtual devices are made once.
 PROGRAM = textwrap.dedent("""
@@ -32,15 +31,6 @@ PROGRAM = textwrap.dedent("""
     for arguments in json.loads(sys.argv[1]):
         prune.run(arguments)
 """)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mesh")
-    write_model(folder / "dense", **SIZES)
-    write_model(folder / "opt", "opt", hidden_size=64, ffn_dim=128, num_attention_heads=8)
-    np.save(folder / "ids.npy", np.random.default_rng(1).integers(0, BASE["vocab_size"], (8, 16)))
-    return folder
 
 
 def on_eight_devices(runs):
@@ -61,10 +51,10 @@ def agreement(one, many):
     return sum((many[name] == mask).sum() for name, mask in one.items()) / sum(mask.size for mask in one.values())
 
 
-@pytest.mark.parametrize("family", ["dense", "opt"])
-def test_every_mesh_gives_the_masks_of_one_device(family, inputs, tmp_path):
-    settings = SETTINGS if family == "dense" else {"output1": SETTINGS["output1"]}
-    common = ["--ckpt", inputs / family, "--calibration", inputs / "ids.npy", *RUN]
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_every_mesh_gives_the_masks_of_one_device(family, tmp_path):
+    settings = SETTINGS if family == "llama" else {"output1": SETTINGS["output1"]}
+    common = ["--ckpt", ORACLES / family, "--calibration", ORACLES / family / IDS, *RUN]
     runs = [
         [*common, *options, "--mesh", mesh, "--out", tmp_path / f"{name} {mesh}"]
         for name, options in settings.items()
@@ -73,7 +63,7 @@ def test_every_mesh_gives_the_masks_of_one_device(family, inputs, tmp_path):
     said = on_eight_devices(runs)
     assert said.splitlines()[0].startswith("8 x cpu")
     for name, options in settings.items():
-        one = prune_masks(tmp_path / name, inputs / family, inputs / "ids.npy", *RUN, *options)
+        one = prune_masks(tmp_path / name, ORACLES / family, ORACLES / family / IDS, *RUN, *options)
         # Column after column sparsegpt turns rounding into other weights: two right programs differ by 1 %.
         least = 0.98 if name == "sparsegpt" else 0.9995
         for mesh in MESHES:
@@ -85,9 +75,9 @@ def test_every_mesh_gives_the_masks_of_one_device(family, inputs, tmp_path):
                     np.testing.assert_array_equal(many[matrix].sum(1), mask.sum(1))
 
 
-def test_given_masks_and_offloaded_streams_on_a_mesh(inputs, tmp_path):
-    first = prune_masks(tmp_path / "first", inputs / "dense", inputs / "ids.npy", *RUN, "--no-rebuild")
-    common = ["--ckpt", inputs / "dense", "--calibration", inputs / "ids.npy", *RUN, "--mesh", "data=2,model=2"]
+def test_given_masks_and_offloaded_streams_on_a_mesh(tmp_path):
+    first = prune_masks(tmp_path / "first", LLAMA, LLAMA / IDS, *RUN, "--no-rebuild")
+    common = ["--ckpt", LLAMA, "--calibration", LLAMA / IDS, *RUN, "--mesh", "data=2,model=2"]
     starts = {
         "masks": ["--masks", tmp_path / "first" / "masks.safetensors"],
         "sparse": ["--sparse-ckpt", tmp_path / "first", "--retain-reconstruction"],
@@ -95,7 +85,7 @@ def test_given_masks_and_offloaded_streams_on_a_mesh(inputs, tmp_path):
     }
     on_eight_devices([[*common, *options, "--out", tmp_path / f"{name} mesh"] for name, options in starts.items()])
     for name, options in starts.items():
-        one = prune_masks(tmp_path / name, inputs / "dense", inputs / "ids.npy", *RUN, *options)
+        one = prune_masks(tmp_path / name, LLAMA, LLAMA / IDS, *RUN, *options)
         many = masks_of(tmp_path / f"{name} mesh")
         for matrix, mask in one.items():
             assert (first[matrix] != mask).any()
@@ -103,10 +93,10 @@ def test_given_masks_and_offloaded_streams_on_a_mesh(inputs, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["wanda", "magnitude", "sparsegpt"])
-def test_offloaded_activations_change_no_bit(method, inputs, tmp_path):
+def test_offloaded_activations_change_no_bit(method, tmp_path):
     options = [*RUN, "--method", method, "--batch", "2"]
-    here = prune_masks(tmp_path / "here", inputs / "dense", inputs / "ids.npy", *options)
-    away = prune_masks(tmp_path / "away", inputs / "dense", inputs / "ids.npy", *options, "--offload-activations")
+    here = prune_masks(tmp_path / "here", LLAMA, LLAMA / IDS, *options)
+    away = prune_masks(tmp_path / "away", LLAMA, LLAMA / IDS, *options, "--offload-activations")
     for name, mask in here.items():
         np.testing.assert_array_equal(away[name], mask)
     losses = [
@@ -127,8 +117,8 @@ def test_offloaded_activations_change_no_bit(method, inputs, tmp_path):
         ("data=2,data=2", "not of the form"),
     ],
 )
-def test_meshes_that_do_not_fit(mesh, complaint, inputs, tmp_path):
-    line = [sys.executable, "-m", "barber_jax.prune", "--ckpt", inputs / "dense", "--calibration", inputs / "ids.npy"]
+def test_meshes_that_do_not_fit(mesh, complaint, tmp_path):
+    line = [sys.executable, "-m", "barber_jax.prune", "--ckpt", LLAMA, "--calibration", LLAMA / IDS]
     line += [*RUN, "--out", tmp_path / "out", "--mesh", mesh]
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     done = subprocess.run(list(map(str, line)), capture_output=True, text=True, env={**os.environ, **flags})

@@ -86,15 +86,13 @@ def test_rebuild(model, place):
     lower(lambda t: rebuild.importance(sub, rebuild.Totals(*t), jnp.float32(4)), totals)
     lower(rebuild.survivors, kernels, kernels, masks)
     importance = {path: like(shapes[path]) for path in sub.kernels}
-    for granularity, pattern in [*((g, SparsityPattern(0.5)) for g in ("output1", "input1", "layer", "block")),
-                                 ("output1", SparsityPattern(0.5, 2, 4))]:  # fmt: skip
-        lower(
-            partial(rebuild.swap_masks, sub, metric="wd", granularity=granularity, pattern=pattern),
-            kernels,
-            importance,
-            masks,
-            like((), jnp.float32),
-        )
+    scores = lower(lambda w, d: rebuild.scores(sub, w, d, "wd"), kernels, importance)
+    assert len(scores) == len(masks)
+    scores = {path: like(mask.shape) for path, mask in masks.items()}
+    settings = [(granularity, SparsityPattern(0.5)) for granularity in ("output1", "input1", "layer", "block")]
+    for granularity, pattern in [*settings, ("output1", SparsityPattern(0.5, 2, 4))]:
+        swap = partial(rebuild.swap_masks, sub, granularity=granularity, pattern=pattern)
+        lower(swap, scores, masks, like(()))
     lower(lambda p, m, d, s: rebuild.advance(block, sub, p, m, d, s), weights, masks, stream, stream)
 
 
