@@ -8,6 +8,7 @@ from barber_jax.errors import BarberError, exit_with_one_line
 COMMANDS = {
     "prune": ("barber_jax.prune", "prune a checkpoint and rebuild its mask"),
     "perplexity": ("barber_jax.eval.perplexity", "perplexity of a checkpoint"),
+    "benchmark": ("barber_jax.eval.benchmark", "speed of a pruning, against the hardware's"),
     "convert": ("barber_jax.convert.__main__", "write a checkpoint in another format"),
     "torch-masks": ("barber_jax.convert.torch_masks", "apply and check masks in PyTorch"),
 }
