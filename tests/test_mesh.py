@@ -87,9 +87,9 @@ def test_given_masks_and_offloaded_streams_on_a_mesh(tmp_path):
     for name, options in starts.items():
         one = prune_masks(tmp_path / name, LLAMA, LLAMA / IDS, *RUN, *options)
         many = masks_of(tmp_path / f"{name} mesh")
-        for matrix, mask in one.items():
-            assert (first[matrix] != mask).any()
         assert agreement(one, many) >= 0.9995
+        # The offloaded run starts from wanda's own masks, which are those of the first run; all three rebuild them.
+        assert agreement(first, one) < 1
 
 
 @pytest.mark.parametrize("method", ["wanda", "magnitude", "sparsegpt"])
