@@ -8,6 +8,10 @@ class BarberError(Exception):
     """A mistake the user can mend: one line that names the file, option or tensor, and the way out."""
 
 
+class DamagedInput(BarberError):
+    """What is read must be fetched again, so that an unfinished run cannot go on with it."""
+
+
 def exit_with_one_line(main: Callable[[], None]) -> None:
     """Run a command's `main`; turn `BarberError` into `error: ...` on stderr and exit status 2.
 

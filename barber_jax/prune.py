@@ -23,7 +23,7 @@ from barber_jax.convert.hf_folder import HFFolder
 from barber_jax.convert.mask_file import read_masks
 from barber_jax.convert.parameters import check_tensors
 from barber_jax.criteria import CRITERIA
-from barber_jax.errors import BarberError, exit_with_one_line
+from barber_jax.errors import BarberError, DamagedInput, exit_with_one_line
 from barber_jax.eval.perplexity import cut_windows, evaluation_ids, perplexity
 from barber_jax.fingerprint import array_fingerprint, fingerprint
 from barber_jax.history import History
@@ -87,10 +87,10 @@ def prune(config: PruneConfig) -> dict:
         with contextlib.ExitStack() as stack:
             state, writer = None, None
             if is_primary():
-                state = stack.enter_context(open_state(config, identity, model.layers, progress))
                 pattern = str(config.sparsity_pattern)
                 writer = FolderWriter(config.out, checkpoint, model.pruned_names(), pattern, sparsity)
                 stack.enter_context(writer)
+                state = stack.enter_context(open_state(config, identity, model.layers, progress))
             progress.say(headline(config, checkpoint, model, devices))
             blocks = []
             with devices.context():
@@ -138,8 +138,8 @@ def open_state(config: PruneConfig, identity: dict, layers: int, progress: Progr
     with state:
         try:
             yield state
-        except BaseException:
-            if state.finished:
+        except BaseException as error:
+            if state.finished and not isinstance(error, DamagedInput):
                 kept = f"{state.finished} of {layers} blocks are kept in {folder}"
                 progress.say(f"{kept}; the same command with --resume goes on from there")
             else:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from barber_jax.errors import BarberError
+from barber_jax.errors import BarberError, DamagedInput
 
 LARGEST_FILE = 5 * 10**9
 """Bytes of tensors in one safetensors file, where the source says nothing of files."""
@@ -68,7 +68,7 @@ class Checkpoint(abc.ABC):
         """One tensor, refused if it holds NaN or Inf."""
         value = self.fetch(name)
         if not np.isfinite(value).all():
-            raise BarberError(f"{self.location}: tensor {name} holds NaN or Inf: damaged; fetch the checkpoint again")
+            raise DamagedInput(f"{self.location}: tensor {name} holds NaN or Inf: damaged; fetch the checkpoint again")
         return value
 
 
