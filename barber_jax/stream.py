@@ -146,6 +146,8 @@ class Pruning:
             commit = Commit(*self.devices.fetch((masks, weights, *seen)), record={})
             commit.record = self._record(index, commit.masks, subs, watch)
             self.history.commit(index, commit)
+        # What is kept cannot hold how long keeping it took.
+        commit.record["seconds"] = dict(watch.seconds)
         return commit, stream_a, stream_b
 
     def _replay(

@@ -12,7 +12,8 @@ from barber_jax.models.family import Model
 
 
 def attention_products(model: Model, samples: int, length: int) -> int:
-    """Causal scores and mixtures together: 4 x query features x L (L + 1) / 2 a sample, the window not counted."""
+    """Causal scores and mixtures together: 4 x query features x L (L + 1) / 2 a sample. A sliding window is not
+    taken into account: where it is shorter than the sample, fewer are needed."""
     shapes = dict(model.block().shapes)
     features = shapes["self_attn.q_proj.kernel"][1]
     return samples * 4 * features * length * (length + 1) // 2
@@ -41,7 +42,8 @@ def gradient(model: Model, sub: SubBlock, samples: int, length: int) -> int:
 
 def of_start(model: Model, method: str, samples: int, length: int) -> int:
     """Starting mask of a block: for a criterion that looks at activations a forward without the block's last linear;
-    for sparsegpt also X^T X and two triangular factors of each input, and the updates of the columns after each."""
+    for sparsegpt also, approximately, X^T X and two triangular factors of each input (a Cholesky factor and an inverse,
+    I^3 / 3 each), and the updates of the columns after each (I^2 O)."""
     if method == "magnitude":
         return 0
     total = sum(forward(model, sub, samples, length) for sub in model.sub_blocks)

@@ -146,9 +146,9 @@ def test_rebuild_of_post_norm_blocks_equals_a_plain_recomputation(tmp_path):
             want, want_loss = plain_importance(apply, weights, sparse, pruned.values(), hidden)
             dense_out = np.stack([apply(weights, x) for x in hidden])
 
-            got, loss, dense = rebuild.importance(
-                model.block(), sub, parameters=parameters, start={}, masks=masks, stream=stream
-            )
+            totals = rebuild.no_totals(model.block(), sub)
+            totals, dense = rebuild.accumulate(model.block(), sub, parameters, {}, masks, stream, totals)
+            got, loss = rebuild.importance(sub, totals, jnp.float32(len(hidden)))
             np.testing.assert_allclose(loss, want_loss, rtol=1e-4)
             np.testing.assert_allclose(dense[0], dense_out, atol=1e-4)
             for path, name in pruned.items():
