@@ -73,13 +73,18 @@ class RunState:
         with writing(folder):
             _delete(folder)
             folder.mkdir(parents=True)
-            partial = _partial(folder)
-            with open(partial, "w", encoding="utf-8") as file:
-                json.dump(identity, file, indent=2)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, folder / IDENTITY)
-            return cls(folder)
+            try:
+                partial = _partial(folder)
+                with open(partial, "w", encoding="utf-8") as file:
+                    json.dump(identity, file, indent=2)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(partial, folder / IDENTITY)
+                return cls(folder)
+            except BaseException:
+                # Ctrl-C too: nobody has it yet who could remove it.
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
 
     @classmethod
     def resume(cls, folder: Path, identity: dict[str, Any]) -> "RunState":

@@ -670,7 +670,7 @@ def test_full_disk_in_a_process(sound, ids, tmp_path):
     assert list(tmp_path.iterdir()) == [ids]
 
 
-def test_interrupt_leaves_nothing(sound, ids, tmp_path):
+def test_interrupt_leaves_nothing_unfinished(sound, ids, tmp_path):
     # A shell may have set its background jobs to ignore the signal.
     setup = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     given = ["--ckpt", sound, "--out", tmp_path / "out", "--calibration", ids, "--samples", 2, "--length", 8]
@@ -678,7 +678,9 @@ def test_interrupt_leaves_nothing(sound, ids, tmp_path):
     while not (tmp_path / "out.partial" / "masks.safetensors.partial").exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    said, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err.splitlines()[-1] == "error: interrupted" and "Traceback" not in err
-    assert list(tmp_path.iterdir()) == [ids]
+    # The first block may be finished by then; it is kept, and that is said.
+    kept = [tmp_path / "out.run"] if "blocks are kept in" in said + err else []
+    assert sorted(tmp_path.iterdir()) == [ids, *kept]
