@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Callable
 
+from barber_jax import interrupt
+
 
 class BarberError(Exception):
     """A mistake the user can mend: one line that names the file, option or tensor, and the way out."""
@@ -17,6 +19,7 @@ def exit_with_one_line(main: Callable[[], None]) -> None:
 
     So is an `OSError` that names a file.
     """
+    interrupt.watch()
     try:
         main()
     except BarberError as error:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from barber_jax import passes
+from barber_jax import interrupt, passes
 from barber_jax.calibration import load_calibration
 from barber_jax.command import parse, set_compilation_cache, set_precision
 from barber_jax.config import PruneConfig, parse_mesh
@@ -101,6 +101,7 @@ def prune(config: PruneConfig) -> dict:
                             writer.write_pruned(name, result.weights[name], mask)
                     blocks.append(result.record)
                     progress.done(result.record)
+                    interrupt.check()
             quality = None
             if writer:
                 writer.finish(set(model.pruned_names()))
@@ -112,6 +113,7 @@ def prune(config: PruneConfig) -> dict:
             if writer:
                 writer.write_json(RUN, record)
                 apply_format(writer.folder, config.format)
+                interrupt.check()
                 writer.publish()
                 state.remove()
         progress.say(summary(config, record))

@@ -154,7 +154,8 @@ class RunState:
         self._manager.close()
 
     def remove(self) -> None:
-        """Close it and delete it from disk."""
+        """Close it and delete it from disk; cut short, it can be called again."""
+        self.finished = 0
         self.close()
         with writing(self.folder):
             _delete(self.folder)

@@ -655,7 +655,7 @@ def test_processes(sound, tmp_path):
 
 def in_process(setup, *arguments):
     """The prune command after some lines of set-up in a process of its own."""
-    code = f"import sys; {setup}; from barber_jax import errors, prune; errors.exit_with_one_line(prune.run)"
+    code = f"import sys; {setup}\nfrom barber_jax import errors, prune; errors.exit_with_one_line(prune.run)"
     line = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -678,9 +678,31 @@ def test_interrupt_leaves_nothing_unfinished(sound, ids, tmp_path):
     while not (tmp_path / "out.partial" / "masks.safetensors.partial").exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    said, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err.splitlines()[-1] == "error: interrupted" and "Traceback" not in err
     # The first block may be finished by then; it is kept, and that is said.
-    kept = [tmp_path / "out.run"] if "blocks are kept in" in said + err else []
+    kept = [tmp_path / "out.run"] if "blocks are kept in" in err else []
     assert sorted(tmp_path.iterdir()) == [ids, *kept]
+
+
+def test_a_lost_interrupt_ends_the_run_at_the_next_block(sound, ids, tmp_path):
+    # What is raised in the callback of a weak reference goes no further; JAX has such callbacks.
+    setup = """
+import signal, weakref
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from barber_jax import stream
+apart = stream.Pruning.__iter__
+def interrupted(self):
+    for result in apart(self):
+        class Gone: pass
+        gone = Gone()
+        kept = weakref.ref(gone, lambda _: signal.raise_signal(signal.SIGINT))
+        del gone
+        yield result
+stream.Pruning.__iter__ = interrupted
+"""
+    given = ["--ckpt", sound, "--out", tmp_path / "out", "--calibration", ids, "--samples", 2, "--length", 8]
+    _, err = (process := in_process(setup, *given)).communicate(timeout=60)
+    assert "Exception ignored" in err and err.splitlines()[-1] == "error: interrupted"
+    assert process.returncode == 130 and "1 of 2 blocks are kept in" in err
