@@ -21,7 +21,8 @@ def exit_with_one_line(main: Callable[[], None]) -> None:
     """
     interrupt.watch()
     try:
-        main()
+        with interrupt.translated():
+            main()
     except BarberError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from None
@@ -34,3 +35,5 @@ def exit_with_one_line(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    finally:
+        interrupt.unwatch()

@@ -2,7 +2,9 @@
 further, so that a run would go on as if nobody had asked it to end.
 """
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from types import FrameType
 
 _noticed = False
@@ -13,6 +15,22 @@ def watch() -> None:
     set it to be ignored."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _notice)
+
+
+def unwatch() -> None:
+    """Let Ctrl-C end the process at once, without a traceback out of some clean-up at its exit."""
+    if signal.getsignal(signal.SIGINT) is _notice:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def translated() -> Iterator[None]:
+    """Turn the error that an interrupted C++ function may raise in its place back into `KeyboardInterrupt`."""
+    try:
+        yield
+    except Exception:
+        check()
+        raise
 
 
 def check() -> None:
