@@ -72,6 +72,33 @@ stream.Pruning._record = die
 prune.run(sys.argv[1:])
 """
 
+CUT_OFF = """
+import os, sys
+from barber_jax import stream, prune
+finish = stream.Pruning._record
+def die(self, index, *rest):
+    if index == 2:
+        os._exit(9)
+    return finish(self, index, *rest)
+stream.Pruning._record = die
+prune.run(sys.argv[1:])
+"""
+
+
+def test_two_processes_go_on_with_a_run(inputs):
+    whole = start(inputs, inputs / "whole", 2)
+    said = [process.communicate(timeout=300)[1] for process in whole]
+    assert [process.returncode for process in whole] == [0, 0], said
+    cut = start(inputs, inputs / "two", 2, program=("-c", CUT_OFF))
+    assert [process.wait(timeout=300) for process in cut] == [9, 9]
+    both = start(inputs, inputs / "two", 2, "--resume")
+    said = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert "going on after 2 of 3 blocks" in said[0]
+    for name in ("masks.safetensors", "model.safetensors"):
+        assert (inputs / "two" / name).read_bytes() == (inputs / "whole" / name).read_bytes()
+    assert not (inputs / "two.run").exists()
+
 
 def test_a_process_that_dies_stops_the_other(inputs):
     began = time.monotonic()
