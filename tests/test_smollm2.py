@@ -73,7 +73,8 @@ def test_every_block_agrees(granularity, folder, ids, reference, monkeypatch):
     start, rebuilt = reference(None), reference(granularity)
     checkpoint = open_checkpoint(str(folder))
     model = build_model(checkpoint.config, jnp.dtype("float32"))
-    config = PruneConfig(str(folder), Path("unused"), granularity=granularity, alpha=ALPHA, samples=SAMPLES)
+    options = {"granularity": granularity, "alpha": ALPHA, "samples": SAMPLES, "batch": 4}
+    config = PruneConfig(str(folder), Path("unused"), **options)
     agreement = {}
 
     def compare(kind, index, ours, theirs):
