@@ -155,6 +155,8 @@ class PruneConfig:
     """Replace --out, or an unfinished run for it, if it exists."""
     resume: bool = False
     """Go on with the unfinished run for this --out."""
+    save_start: bool = False
+    """Also write start_masks.safetensors, the masks before the rebuild; a study compares swaps by it."""
     eval_text: Path | None = None
     """After pruning, measure the result's perplexity on this text file (into run.json)."""
     eval_dataset: Literal["wikitext2", "ptb", "c4"] | None = None

@@ -50,6 +50,16 @@ def mask_axes(sub: SubBlock, path: str) -> tuple[str | None, str | None]:
     return kernel_axes(sub, path)[::-1]
 
 
+def parameter_axes(sub_blocks: Sequence[SubBlock]) -> dict[str, tuple[str | None, ...]]:
+    """Mesh axes of those parameters of a decoder block that are spread over some."""
+    axes: dict[str, tuple[str | None, ...]] = {}
+    for sub in sub_blocks:
+        for path in sub.kernels:
+            axes[path] = kernel_axes(sub, path)
+            axes[path.replace(".kernel", ".bias")] = axes[path][1:]
+    return axes
+
+
 def constrain_kernels(sub: SubBlock, kernels: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """`constrain` for kernels [in, out] by path."""
     return {path: constrain(kernel, *kernel_axes(sub, path)) for path, kernel in kernels.items()}
@@ -109,11 +119,7 @@ class Devices:
 
     def block(self, sub_blocks: Sequence[SubBlock], tensors: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """The parameters of a decoder block."""
-        axes: dict[str, tuple[str | None, ...]] = {}
-        for sub in sub_blocks:
-            for path in sub.kernels:
-                axes[path] = kernel_axes(sub, path)
-                axes[path.replace(".kernel", ".bias")] = axes[path][1:]
+        axes = parameter_axes(sub_blocks)
         return {path: self.put(value, *axes.get(path, ())) for path, value in tensors.items()}
 
     def masks(self, sub_blocks: Sequence[SubBlock], masks: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:

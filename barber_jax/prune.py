@@ -33,6 +33,7 @@ from barber_jax.models import build_model
 from barber_jax.models.family import Model
 from barber_jax.progress import Progress
 from barber_jax.report import run_record, totals
+from barber_jax.report_page import write_report
 from barber_jax.run_state import RunState
 from barber_jax.starting import CriterionStart, MaskFileStart, SparseCheckpointStart, Start
 from barber_jax.stream import Pruning
@@ -88,7 +89,9 @@ def prune(config: PruneConfig) -> dict:
             state, writer = None, None
             if is_primary():
                 pattern = str(config.sparsity_pattern)
-                writer = FolderWriter(config.out, checkpoint, model.pruned_names(), pattern, sparsity)
+                writer = FolderWriter(
+                    config.out, checkpoint, model.pruned_names(), pattern, sparsity, config.save_start
+                )
                 stack.enter_context(writer)
                 state = stack.enter_context(open_state(config, identity, model.layers, progress))
             progress.say(headline(config, checkpoint, model, devices))
@@ -99,6 +102,8 @@ def prune(config: PruneConfig) -> dict:
                     if writer:
                         for name, mask in result.masks.items():
                             writer.write_pruned(name, result.weights[name], mask)
+                            if config.save_start:
+                                writer.write_start_mask(name, result.start_masks[name])
                     blocks.append(result.record)
                     progress.done(result.record)
                     interrupt.check()
@@ -112,6 +117,7 @@ def prune(config: PruneConfig) -> dict:
             record = run_record(config, sparsity, model, devices.used, blocks, seconds, quality)
             if writer:
                 writer.write_json(RUN, record)
+                write_report(writer.folder, config.out.name)
                 apply_format(writer.folder, config.format)
                 interrupt.check()
                 writer.publish()

@@ -191,6 +191,36 @@ def _settled(
     return new, {path: constrain(jnp.sum(new[path] & ~old[path], dtype=jnp.int32)) for path in sub.kernels}
 
 
+OUTLIERS, BINS = 100, 16
+"""One weight in OUTLIERS is an outlier of the metric; their places are counted in BINS x BINS parts of a matrix."""
+
+
+@partial(jax.jit, static_argnames="sub")
+def outlier_maps(
+    sub: SubBlock, scores: dict[str, jax.Array], before: dict[str, jax.Array], after: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """Where the masks of a sub-block prune outliers: the highest 1 % of a matrix's scores (figure 1b of the paper).
+
+    Args:
+        scores: kernel path -> float32 [out, in].
+        before, after: kernel path -> bool [out, in] masks.
+
+    Returns:
+        kernel path -> int32 [2, BINS, BINS], how many outliers the two masks prune in each part, outputs by inputs.
+    """
+
+    def maps(path: str) -> jax.Array:
+        score = scores[path]
+        high = selection.keep_highest(score, score.size - score.size // OUTLIERS, selection.AXES["layer"])
+        sides = [jnp.arange(size) * BINS // size for size in score.shape]
+        outputs, inputs = (jnp.arange(BINS)[:, None] == side for side in sides)
+        # Products of zeros and ones: exact in float32, as no part holds 2^24 outliers.
+        count = lambda flags: outputs.astype(jnp.float32) @ flags.astype(jnp.float32) @ inputs.T  # noqa: E731
+        return constrain(jnp.stack([count(high & ~mask[path]) for mask in (before, after)]).astype(jnp.int32))
+
+    return {path: maps(path) for path in sub.kernels}
+
+
 @partial(jax.jit, static_argnames=("definition", "sub"), donate_argnames="stream")
 def advance(
     definition: BlockDefinition,

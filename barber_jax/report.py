@@ -2,17 +2,27 @@
 
 import dataclasses
 import importlib.metadata
+import json
 import platform
 import resource
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import jax
+import numpy as np
+import tyro
 
 from barber_jax import __version__
+from barber_jax.command import parse
 from barber_jax.config import PruneConfig
+from barber_jax.convert.export import RUN
+from barber_jax.errors import BarberError, exit_with_one_line
 from barber_jax.models.family import Model
 
+FORMAT, VERSION = "barber_jax.run", 1
+KEYS = {"options": dict, "versions": dict, "device": dict, "model": dict, "blocks": list, "totals": dict}
+"""What every run.json holds, and as what."""
 LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "transformers", "datasets", "safetensors")
 
 
@@ -54,6 +64,54 @@ def totals(blocks: list[dict]) -> dict:
     return out
 
 
+def written_maps(maps: np.ndarray) -> dict[str, str]:
+    """`rebuild.outlier_maps` of a matrix as run.json holds it: a line of text for each mask, `;` between outputs."""
+    rows = [";".join(" ".join(map(str, row)) for row in each.tolist()) for each in maps]
+    return dict(zip(("before", "after"), rows, strict=True))
+
+
+def read_map(text: str) -> np.ndarray:
+    """One map of `written_maps`, int [outputs, inputs]."""
+    return np.array([[int(count) for count in row.split()] for row in text.split(";")])
+
+
+def provenance(config: PruneConfig) -> dict | None:
+    """The run that the starting masks were taken from, where it left its run.json beside them."""
+    given = config.masks.parent if config.masks else config.sparse_ckpt
+    if given is None or not (Path(given).expanduser() / RUN).is_file():
+        return None
+    record = load_record(Path(given).expanduser())
+    options = record["options"]
+    start = {"folder": str(given), "method": options["method"], "rebuild": options["rebuild"]}
+    return start | {"seconds": record["totals"]["seconds"]}
+
+
+def load_record(folder: Path) -> dict:
+    """run.json of a folder.
+
+    Raises:
+        BarberError: there is none, it is damaged, or of another version.
+    """
+    path = folder / RUN
+    if not path.is_file():
+        raise BarberError(f"{path}: no such file; give a folder that barber_jax.prune wrote")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BarberError(f"{path}: not JSON ({str(error)[:100]}); prune again") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise BarberError(f"{path}: not a record of barber_jax.prune; give a folder that it wrote")
+    if record.get("version") != VERSION:
+        raise BarberError(
+            f"{path}: version {record.get('version')!r}, and this barber_jax reads {VERSION}; "
+            "read it with the version that wrote it, or prune again"
+        )
+    missing = [key for key in KEYS if not isinstance(record.get(key), KEYS[key])]
+    if missing:
+        raise BarberError(f"{path}: {missing[0]!r} is missing or damaged; prune again")
+    return record
+
+
 def run_record(
     config: PruneConfig,
     sparsity: float,
@@ -69,8 +127,8 @@ def run_record(
     }
     options |= {"sparsity": sparsity, "pattern": str(config.sparsity_pattern)}
     record = {
-        "format": "barber_jax.run",
-        "version": 1,
+        "format": FORMAT,
+        "version": VERSION,
         "options": options,
         **environment(devices),
         "model": {"model_type": model.model_type, "blocks": model.layers, "hidden": model.hidden},
@@ -78,4 +136,25 @@ def run_record(
         "totals": {**totals(blocks), "seconds": seconds},
         "peak_memory": peak_memory(),
     }
-    return record | ({"perplexity": perplexity} if perplexity else {})
+    extra = {"perplexity": perplexity, "started_from": provenance(config)}
+    return record | {key: value for key, value in extra.items() if value}
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    """Make report.html of a pruned checkpoint's folder anew, from its run.json and masks.safetensors."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Folder that barber_jax.prune wrote."""
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """The command line: writes report.html into the folder."""
+    from barber_jax.report_page import write_report
+
+    config = parse(ReportConfig, "barber_jax.report", arguments)
+    print(write_report(config.folder.expanduser()))
+
+
+if __name__ == "__main__":
+    exit_with_one_line(run)

@@ -26,6 +26,7 @@ from barber_jax.models.decoder import SubBlock
 from barber_jax.models.family import Model
 from barber_jax.passes import Parameters
 from barber_jax.progress import Progress
+from barber_jax.report import written_maps
 from barber_jax.starting import BlockMasks, Start
 
 
@@ -36,11 +37,13 @@ class BlockResult:
     Attributes:
         masks: Hugging Face weight name -> bool [out, in], True = kept.
         weights: Hugging Face weight name -> array [out, in] in its dtype: its own, or a criterion's update.
+        start_masks: the same as `masks`, of the start.
         record: the block's entry in run.json.
     """
 
     masks: dict[str, np.ndarray]
     weights: dict[str, np.ndarray]
+    start_masks: dict[str, np.ndarray]
     record: dict
 
 
@@ -142,7 +145,8 @@ class Pruning:
         if stream_b is not None:
             masks, weights, stream_b, subs = self._rebuild(dense, start_masks, start_weights, stream_b, watch)
         with watch.stage("commit"):
-            seen = (start_masks, start_weights) if self.start.needs_stream and self.config.rebuild else ({}, {})
+            asked = self.start.needs_stream or self.config.save_start
+            seen = (start_masks, start_weights) if asked and self.config.rebuild else ({}, {})
             commit = Commit(*self.devices.fetch((masks, weights, *seen)), record={})
             commit.record = self._record(index, commit.masks, subs, watch)
             self.history.commit(index, commit)
@@ -205,12 +209,14 @@ class Pruning:
                 granularity, pattern = self.config.granularity, self.config.sparsity_pattern
                 alpha = jnp.float32(self.config.alpha)
                 new, revived = rebuild.swap_masks(sub, scores, own, alpha, granularity=granularity, pattern=pattern)
+                outliers = rebuild.outlier_maps(sub, scores, own, new)
                 del scores
                 swaps = {path: int(count) for path, count in revived.items()}
+                maps = {path: np.asarray(outliers[path]) for path in sub.kernels}
             with watch.stage(f"{sub.name} propagate"):
                 stream, after = self._advance(sub, base, new, target, stream)
             rebuilt.update(new)
-            records.append({"loss_before": before, "loss_after": after, "swaps": swaps})
+            records.append({"loss_before": before, "loss_after": after, "swaps": swaps, "outliers": maps})
         return rebuilt, survivors, stream, records
 
     def _importance(
@@ -254,10 +260,10 @@ class Pruning:
         subs = []
         for place, sub in enumerate(self.model.sub_blocks):
             entry = dict(rebuilt[place]) if rebuilt else {}
-            swaps = entry.pop("swaps", None)
+            swaps, outliers = entry.pop("swaps", None), entry.pop("outliers", None)
             matrices = {
                 names[path]: {"size": masks[path].size, "pruned": int(masks[path].size - np.count_nonzero(masks[path]))}
-                | ({"revived": swaps[path]} if swaps else {})
+                | ({"revived": swaps[path], "outliers_pruned": written_maps(outliers[path])} if swaps else {})
                 for path in sub.kernels
             }
             size = sum(matrix["size"] for matrix in matrices.values())
@@ -272,5 +278,6 @@ class Pruning:
         return BlockResult(
             {names[path]: mask for path, mask in commit.masks.items()},
             {names[path]: to_hf(path, commit.weights.get(path, tensors[path])) for path in names},
+            {names[path]: mask for path, mask in (commit.start_masks or commit.masks).items()},
             commit.record,
         )

@@ -17,6 +17,7 @@ from barber_jax.convert.safetensors_writer import SafetensorsWriter
 from barber_jax.errors import BarberError
 
 MASKS = "masks.safetensors"
+START_MASKS = "start_masks.safetensors"
 RUN = "run.json"
 
 
@@ -71,6 +72,7 @@ class FolderWriter:
         source: where names, dtypes, layout, configuration and tokenizer come from.
         pruned: names of the weights that get a mask; without any there is no mask file.
         pattern, sparsity: for the mask file's header.
+        save_start: whether there is a second mask file, of the starting masks.
 
     Raises:
         BarberError: nothing can be written there.
@@ -83,12 +85,14 @@ class FolderWriter:
         pruned: Sequence[str] = (),
         pattern: str = "unstructured",
         sparsity: float = 0.0,
+        save_start: bool = False,
     ):
         self.out = _absolute(out)
         self.folder = beside(self.out, ".partial")
         self._source = source
-        if MASKS in source.files.values():
-            raise BarberError(f"{source.location}: its shard {MASKS} has the name of the mask file; rename the shard")
+        for name in (MASKS, START_MASKS):
+            if name in source.files.values():
+                raise BarberError(f"{source.location}: its shard {name} has the name of a mask file; rename the shard")
         with writing(self.folder):
             self.out.parent.mkdir(parents=True, exist_ok=True)
             # Left by a run that was killed: nobody else writes that name.
@@ -102,8 +106,11 @@ class FolderWriter:
             self._files = {
                 file: self._open.enter_context(self._shard(file)) for file in sorted(set(source.files.values()))
             }
-            if pruned:
-                self._masks = self._open.enter_context(self._mask_file(pruned, pattern, sparsity))
+            self._masks = {
+                name: self._open.enter_context(self._mask_file(name, pruned, pattern, sparsity))
+                for name in (MASKS, *([START_MASKS] if save_start else []))
+                if pruned
+            }
         except BaseException:
             self.__exit__()
             raise
@@ -123,10 +130,10 @@ class FolderWriter:
         tensors = {name: (self._source.dtype(name), self._source.shape(name)) for name in held}
         return SafetensorsWriter(self.folder / file, tensors, {"format": "pt"})
 
-    def _mask_file(self, pruned: Sequence[str], pattern: str, sparsity: float) -> SafetensorsWriter:
+    def _mask_file(self, file: str, pruned: Sequence[str], pattern: str, sparsity: float) -> SafetensorsWriter:
         shapes = {name: self._source.shape(name) for name in pruned}
         tensors = {name: (np.dtype(np.uint8), (packed_length(shape),)) for name, shape in shapes.items()}
-        return SafetensorsWriter(self.folder / MASKS, tensors, mask_metadata(pattern, sparsity, shapes))
+        return SafetensorsWriter(self.folder / file, tensors, mask_metadata(pattern, sparsity, shapes))
 
     def write(self, name: str, tensor: np.ndarray) -> None:
         """Write one tensor [out, in] in the source's dtype."""
@@ -135,7 +142,11 @@ class FolderWriter:
     def write_pruned(self, name: str, weight: np.ndarray, mask: np.ndarray) -> None:
         """Write a weight with its pruned places zeroed, and its mask (bool [out, in], True = kept)."""
         self.write(name, np.where(mask, weight, np.zeros((), weight.dtype)))
-        self._masks.write(name, pack(mask))
+        self._masks[MASKS].write(name, pack(mask))
+
+    def write_start_mask(self, name: str, mask: np.ndarray) -> None:
+        """Write a weight's starting mask (bool [out, in], True = kept)."""
+        self._masks[START_MASKS].write(name, pack(mask))
 
     def finish(self, written: set[str]) -> None:
         """Copy every tensor not in `written`; the folder is then a whole checkpoint."""

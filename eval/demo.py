@@ -61,7 +61,7 @@ def run() -> None:
     set_precision()
     set_compilation_cache(None)
     print("measuring the dense model ...", flush=True)
-    dense = evaluate(PerplexityConfig(str(model), length=LENGTH, text=held_apart, windows=WINDOWS))
+    dense = evaluate(PerplexityConfig(str(model), length=LENGTH, text=(held_apart,), windows=WINDOWS))[0]
     out = folder / "pruned"
     record = prune(
         PruneConfig(

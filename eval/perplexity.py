@@ -2,8 +2,9 @@
 
 The text is tokenized whole and cut into consecutive windows of L tokens from its start; a last incomplete window is
 dropped. Each window is scored by itself: the mean cross-entropy of its L-1 next-token predictions. Perplexity is
-exp(mean over windows). Texts: wikitext2 is the test split joined by blank lines; ptb the test sentences joined by a
-space; c4 the first 1100 documents of the first validation shard joined by a space, of which 256 windows are used.
+exp(mean over windows). Texts: wikitext2 is the raw test split joined by blank lines; ptb the test sentences joined by a
+space; c4 the first 1100 documents of the first validation shard joined by a space, of which 256 windows are used. A
+local file's documents are joined by blank lines.
 """
 
 import json
@@ -23,16 +24,17 @@ from jax import lax
 from barber_jax import text
 from barber_jax.calibration import check_ids, load_ids
 from barber_jax.command import parse, set_compilation_cache, set_precision
-from barber_jax.config import ComputeDtype
+from barber_jax.config import ComputeDtype, parse_mesh
 from barber_jax.convert.checkpoint import Checkpoint, open_checkpoint
 from barber_jax.convert.export import writing
-from barber_jax.convert.parameters import check_tensors, read_parameters
+from barber_jax.convert.parameters import check_tensors
 from barber_jax.errors import BarberError, exit_with_one_line
-from barber_jax.eval.forward import final_hidden, on_device
+from barber_jax.eval.forward import final_hidden, on_devices
+from barber_jax.mesh import DATA, Devices
 from barber_jax.models import build_model
 from barber_jax.models.decoder import Definition
 from barber_jax.models.family import Model
-from barber_jax.passes import Parameters, default_batch, micro_batches
+from barber_jax.passes import Parameters, default_batch
 
 # The loss of this many tokens is taken at a time, so that logits over a large vocabulary stay small.
 HEAD_TOKENS = 256
@@ -47,26 +49,31 @@ class PerplexityConfig:
     """Checkpoint to evaluate: a Hugging Face folder, a Hub id, or a .gguf file."""
     length: int
     """Tokens in a window (L); each gives L-1 predictions."""
-    text: Path | None = None
-    """Text: .txt, .jsonl, .parquet, .arrow or a saved dataset folder."""
-    tokens: Path | None = None
+    text: tuple[Path, ...] = ()
+    """Texts: .txt, .jsonl, .parquet, .arrow or a saved dataset folder; each is measured by itself."""
+    tokens: tuple[Path, ...] = ()
     """Token ids: .npy of integers, flattened."""
-    dataset: Literal["wikitext2", "ptb", "c4"] | None = None
-    """Text from the Hub."""
+    dataset: tuple[Literal["wikitext2", "ptb", "c4"], ...] = ()
+    """Texts from the Hub."""
     text_field: str = "text"
     """Column that holds the text, for files with columns."""
     windows: int | None = None
-    """How many windows. Default: all (c4: 256)."""
+    """How many windows of each text. Default: all (c4: 256)."""
     batch: int | None = None
     """Windows in a micro-batch. Default: 8; on CPU as many as make about 1024 tokens."""
+    mesh: str | None = None
+    """Devices: data=N,model=M spreads windows over N and linears over M. Default: one device."""
+    offload_activations: bool = False
+    """Keep the activations of all windows in host memory; a micro-batch at a time is on the device."""
     compute_dtype: ComputeDtype = "float32"
     """Dtype of activations and matrix products."""
     json: Path | None = None
-    """Also write the result to this file."""
+    """Also write the result to this file. As perplexity.json beside a run.json, a study finds it."""
 
     def __post_init__(self):
-        if sum(source is not None for source in (self.text, self.tokens, self.dataset)) != 1:
-            raise BarberError("give one of --text, --tokens and --dataset")
+        if not (self.text or self.tokens or self.dataset):
+            raise BarberError("nothing to measure on; give --text, --tokens or --dataset")
+        parse_mesh(self.mesh)
         if self.length < 2:
             raise BarberError(f"--length {self.length} leaves no next token; use at least 2")
         for option in ("windows", "batch"):
@@ -147,12 +154,21 @@ def window_losses(definition: Definition, parameters: Parameters, hidden: jax.Ar
     return lax.map(window, (hidden, targets))
 
 
-def perplexity(checkpoint: Checkpoint, model: Model, windows: np.ndarray, batch: int | None = None) -> dict:
+def perplexity(
+    checkpoint: Checkpoint,
+    model: Model,
+    windows: np.ndarray,
+    batch: int | None = None,
+    devices: Devices | None = None,
+    offload: bool = False,
+) -> dict:
     """Perplexity of a checkpoint on windows of token ids.
 
     Args:
         windows: int32 [N, L].
         batch: windows in a micro-batch; None: `default_batch`.
+        devices: what to compute on; None: the default device.
+        offload: keep activations in host memory, but for a micro-batch.
 
     Returns:
         `perplexity`, `nll` (mean over windows, nats), `windows`, `length`, and `tokens` (predicted ones).
@@ -163,10 +179,20 @@ def perplexity(checkpoint: Checkpoint, model: Model, windows: np.ndarray, batch:
     count, length = windows.shape
     if length > model.positions:
         raise BarberError(f"--length {length} is more than the model's {model.positions} positions")
-    ids = micro_batches(windows, batch or default_batch(length))
-    hidden = final_hidden(checkpoint, model, ids)
-    parameters = on_device(read_parameters(checkpoint, model.names.head))
-    nll = float(np.mean(np.asarray(window_losses(model.head(), parameters, hidden, ids), np.float64)))
+    devices = devices or Devices()
+    data = devices.shape[0]
+    # Whole micro-batches, which every device has its part of; what fills up the last is not counted.
+    size = -(-min(batch or default_batch(length), count) // data) * data
+    ids = np.resize(windows, (-(-count // size) * size, length)).reshape(-1, size, length)
+    with devices.context():
+        hidden = final_hidden(checkpoint, model, ids, devices, offload)
+        parameters, head = on_devices(checkpoint, model.names.head, devices), model.head()
+        losses, done = [], 0
+        for chunk in hidden.take():
+            own = devices.put(ids[done : done + len(chunk)], None, DATA)
+            losses.append(np.asarray(window_losses(head, parameters, chunk, own), np.float64))
+            done += len(chunk)
+    nll = float(np.mean(np.concatenate(losses)[:count]))
     return {
         "perplexity": math.exp(nll) if nll < 700 else math.inf,
         "nll": nll,
@@ -176,21 +202,31 @@ def perplexity(checkpoint: Checkpoint, model: Model, windows: np.ndarray, batch:
     }
 
 
-def evaluate(config: PerplexityConfig) -> dict:
-    """Measure what the options ask for. Raises BarberError for the user's mistakes."""
+def evaluate(config: PerplexityConfig) -> list[dict]:
+    """Measure what the options ask for, a result for each text. Raises BarberError for the user's mistakes."""
     checkpoint = open_checkpoint(config.ckpt)
     model = build_model(checkpoint.config, jnp.dtype(config.compute_dtype))
     check_tensors(checkpoint, model)
-    source = str(config.tokens or config.text or config.dataset)
-    if config.tokens is not None:
-        ids = load_ids(Path(os.path.expanduser(config.tokens)))
-    else:
-        ids = evaluation_ids(checkpoint, path=config.text, dataset=config.dataset, text_field=config.text_field)
-    limit = config.windows
-    if limit is None and config.dataset == "c4":
-        limit = C4_WINDOWS
-    windows = cut_windows(ids, config.length, limit, source, model.vocabulary)
-    return {"ckpt": config.ckpt, "source": source, **perplexity(checkpoint, model, windows, config.batch)}
+    devices = Devices.of(parse_mesh(config.mesh))
+    # Windows fill up micro-batches, so any number of them divides.
+    devices.check(model.block(), devices.shape[0])
+    sources = [(str(path), load_ids(Path(os.path.expanduser(path)))) for path in config.tokens]
+    for path in config.text:
+        sources.append((str(path), evaluation_ids(checkpoint, path=path, dataset=None, text_field=config.text_field)))
+    for name in config.dataset:
+        sources.append((name, evaluation_ids(checkpoint, path=None, dataset=name)))
+    cut = []
+    for source, ids in sources:
+        limit = C4_WINDOWS if config.windows is None and source == "c4" else config.windows
+        cut.append((source, cut_windows(ids, config.length, limit, source, model.vocabulary)))
+    return [
+        {
+            "ckpt": config.ckpt,
+            "source": source,
+            **perplexity(checkpoint, model, windows, config.batch, devices, config.offload_activations),
+        }
+        for source, windows in cut
+    ]
 
 
 def run(arguments: list[str] | None = None) -> None:
@@ -201,11 +237,35 @@ def run(arguments: list[str] | None = None) -> None:
     if config.json is not None and (config.json.is_dir() or not config.json.parent.is_dir()):
         # Before the work, not after it.
         raise BarberError(f"--json {config.json} is a folder or lies in none; name a file in a folder that exists")
-    result = evaluate(config)
-    print(f"perplexity {result['perplexity']:.4f} ({result['windows']} windows of {result['length']} tokens)")
+    results = evaluate(config)
+    for result in results:
+        name = f"{result['source']}: " if len(results) > 1 else ""
+        print(f"{name}perplexity {result['perplexity']:.4f} ({result['windows']} windows of {result['length']} tokens)")
     if config.json is not None:
-        with writing(config.json):
-            config.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_results(results, config.json)
+
+
+def write_results(results: list[dict], path: Path) -> None:
+    """One result as it is; of several a list under `results`."""
+    content = results[0] if len(results) == 1 else {"ckpt": results[0]["ckpt"], "results": results}
+    with writing(path):
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def read_results(path: Path) -> list[dict]:
+    """What `write_results` wrote.
+
+    Raises:
+        BarberError: it is something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        results = content.get("results", [content])
+        if all(isinstance(each["perplexity"], float) and isinstance(each["source"], str) for each in results):
+            return results
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise BarberError(f"{path}: not what barber_jax.eval.perplexity --json writes; measure again")
 
 
 if __name__ == "__main__":

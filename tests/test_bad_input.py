@@ -590,8 +590,8 @@ def test_full_disk_while_the_tokenizer_of_a_gguf_is_written(refused, tmp_path, m
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ([], "give one of --text, --tokens and --dataset"),
-        (["--text", "a.txt", "--dataset", "ptb"], "give one of --text, --tokens and --dataset"),
+        ([], "give --text, --tokens or --dataset"),
+        (["--tokens", "ids.npy", "--mesh", "4x2"], "--mesh '4x2'"),
         (["--text", "gone.txt"], "gone.txt: no such file or folder"),
         (["--tokens", "gone.npy"], "gone.npy: no such file"),
         (["--tokens", "ids.npy", "--length", "65"], "--length 65 is more than the model's 64 positions"),

@@ -138,7 +138,7 @@ def test_evaluation_inside_prune_equals_the_evaluator(tmp_path):
     options = ["--samples", 8, "--length", 32, "--eval-text", text, "--eval-windows", 10]
     prune_masks(tmp_path / "out", source, text, *options)
     inside = json.loads((tmp_path / "out" / "run.json").read_text())["perplexity"]
-    outside = evaluate(PerplexityConfig(str(tmp_path / "out"), length=32, text=text, windows=10))
+    outside = evaluate(PerplexityConfig(str(tmp_path / "out"), length=32, text=(text,), windows=10))[0]
     assert inside["perplexity"] == pytest.approx(outside["perplexity"], rel=1e-6)
     assert inside["windows"] == 10
 

@@ -25,6 +25,29 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+@dataclass
+class Memory:
+    """Keys and values that one block's attention has seen, for sequences that are continued token by token.
+
+    Attributes:
+        position: int32 [S], where each sequence's one new token stands; None while a whole prompt is read.
+        keys, values: [S, T, K, E], room for T positions; set by the attention that is given the memory.
+    """
+
+    position: jax.Array | None = None
+    keys: jax.Array | None = None
+    values: jax.Array | None = None
+
+    def remember(self, keys: jax.Array, values: jax.Array) -> None:
+        """Take in the keys and values of a prompt [S, L, K, E], or of one new token of each sequence [S, 1, K, E]."""
+        if self.position is None:
+            self.keys, self.values = keys, values
+        else:
+            rows = jnp.arange(len(self.position))
+            self.keys = self.keys.at[rows, self.position].set(keys[:, 0])
+            self.values = self.values.at[rows, self.position].set(values[:, 0])
+
+
 SPAN, MAX_SPANS = 128, 16
 """Attention takes at least so many queries at a time, in at most so many parts of a sequence."""
 
@@ -64,9 +87,11 @@ class Block(nnx.Module):
         """[S, L, D] hidden state -> [S, L, D] input of the sub-block."""
         raise NotImplementedError
 
-    def apply(self, sub: str, x: jax.Array, tap: Tap | None = None) -> jax.Array:
-        """[S, L, D] input -> [S, L, D] output of the sub-block."""
-        return getattr(self, sub)(x, tap or (lambda name, value: None))
+    def apply(self, sub: str, x: jax.Array, tap: Tap | None = None, memory: Memory | None = None) -> jax.Array:
+        """[S, L, D] input -> [S, L, D] output of the sub-block. Attention alone has a use for `memory`."""
+        tap = tap or (lambda name, value: None)
+        module = getattr(self, sub)
+        return module(x, tap) if memory is None or sub != "self_attn" else module(x, tap, memory)
 
     def leave(self, sub: str, hidden: jax.Array, y: jax.Array) -> jax.Array:
         """Residual connection: [S, L, D] state before and sub-block output -> state after."""
@@ -94,11 +119,17 @@ class BlockDefinition(Definition):
 
     sub_blocks: tuple[SubBlock, ...]
 
-    def run(self, parameters: dict[str, jax.Array], hidden: jax.Array, tap: Tap | None = None) -> jax.Array:
+    def run(
+        self,
+        parameters: dict[str, jax.Array],
+        hidden: jax.Array,
+        tap: Tap | None = None,
+        memory: Memory | None = None,
+    ) -> jax.Array:
         """Whole block: [S, L, D] -> [S, L, D]."""
         block = self.bind(parameters)
         for sub in self.sub_blocks:
-            hidden = block.leave(sub.name, hidden, block.apply(sub.name, block.enter(sub.name, hidden), tap))
+            hidden = block.leave(sub.name, hidden, block.apply(sub.name, block.enter(sub.name, hidden), tap, memory))
         return hidden
 
 
@@ -140,7 +171,9 @@ def layer_norm(size: int, affine: bool, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
     )
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, window: int | None = None) -> jax.Array:
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, window: int | None = None, memory: Memory | None = None
+) -> jax.Array:
     """Causal scaled dot-product attention with a float32 softmax.
 
     Queries are taken in spans, each against the keys that it can see: about half the products of the whole square,
@@ -150,11 +183,16 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, window: int |
         q: [S, L, H, E]. k, v: [S, L, K, E], H a multiple of K.
         scale: factor on the scores.
         window: how many of the latest positions a query sees, itself included; None for all.
+        memory: takes in k and v; where it knows earlier ones (L = 1), the query sees these too.
 
     Returns:
         [S, L, H * E].
     """
     samples, length, heads, size = q.shape
+    if memory is not None:
+        memory.remember(k, v)
+        if memory.position is not None:
+            return _attend_one(q, memory, scale, window)
     groups = k.shape[2]
     # [S, K, G, L, E]: the G query heads that share a key-value head become one matrix against it.
     q = q.reshape(samples, length, groups, heads // groups, size).transpose(0, 2, 3, 1, 4)
@@ -182,6 +220,18 @@ def _attend_span(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, window:
     weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1).astype(v.dtype)
     mixed = lax.dot_general(weights.reshape(*rows.shape[:3], keys), v, (((3,), (2,)), batched))
     return mixed.reshape(q.shape)
+
+
+def _attend_one(q: jax.Array, memory: Memory, scale: float, window: int | None) -> jax.Array:
+    """Attention of one new token of each sequence, q [S, 1, H, E], to all that are remembered -> [S, 1, H * E]."""
+    samples, _, heads, size = q.shape
+    keys, values = memory.keys.transpose(0, 2, 1, 3), memory.values.transpose(0, 2, 1, 3)
+    grouped = q.reshape(samples, keys.shape[1], -1, size)
+    scores = jnp.einsum("skgd,sktd->skgt", grouped, keys, preferred_element_type=jnp.float32) * scale
+    behind = memory.position[:, None, None, None] - jnp.arange(keys.shape[2])
+    seen = (behind >= 0) if window is None else (behind >= 0) & (behind < window)
+    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1).astype(values.dtype)
+    return jnp.einsum("skgt,sktd->skgd", weights, values).reshape(samples, 1, heads * size)
 
 
 class GatedMLP(nnx.Module):

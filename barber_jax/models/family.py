@@ -53,7 +53,7 @@ class Model:
     make_head: Callable[[nnx.Rngs], nnx.Module]
 
     def embed(self) -> Definition:
-        """Token ids [S, L] -> hidden [S, L, D]."""
+        """Token ids [S, L] -> hidden [S, L, D]; given int32 [S] too, the positions of one token each (L = 1)."""
         return Definition(*define(lambda: self.make_embed(nnx.Rngs(0))))
 
     def block(self) -> BlockDefinition:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax
 from flax import nnx
 
-from barber_jax.models.decoder import Block, GatedMLP, SubBlock, Tap, attend, linear, rms_norm
+from barber_jax.models.decoder import Block, GatedMLP, Memory, SubBlock, Tap, attend, linear, rms_norm
 from barber_jax.models.family import HFConfig, Model, Names
 from barber_jax.models.rope import Rope
 
@@ -71,14 +71,16 @@ class LlamaAttention(nnx.Module):
             self.k_norm = rms_norm(config.head_size, config.norm_epsilon, dtype, rngs)
         self.config = config
 
-    def __call__(self, x: jax.Array, tap: Tap) -> jax.Array:
+    def __call__(self, x: jax.Array, tap: Tap, memory: Memory | None = None) -> jax.Array:
         config = self.config
         heads = (*x.shape[:2], -1, config.head_size)
         tap("self_attn.in", x)
         q, k, v = (projection(x).reshape(heads) for projection in (self.q_proj, self.k_proj, self.v_proj))
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        mixed = attend(config.rope.rotate(q), config.rope.rotate(k), v, config.head_size**-0.5, config.window)
+        position = None if memory is None else memory.position
+        q, k = config.rope.rotate(q, position), config.rope.rotate(k, position)
+        mixed = attend(q, k, v, config.head_size**-0.5, config.window, memory)
         tap("self_attn.mid", mixed)
         return self.o_proj(mixed)
 
@@ -102,7 +104,7 @@ class LlamaEmbed(nnx.Module):
     def __init__(self, config: LlamaConfig, dtype, rngs: nnx.Rngs):
         self.embed_tokens = nnx.Embed(config.vocabulary, config.hidden, dtype=dtype, rngs=rngs)
 
-    def __call__(self, ids: jax.Array) -> jax.Array:
+    def __call__(self, ids: jax.Array, position: jax.Array | None = None) -> jax.Array:
         return self.embed_tokens(ids)
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from barber_jax.models.decoder import ACTIVATIONS, Block, SubBlock, Tap, attend, layer_norm, linear
+from barber_jax.models.decoder import ACTIVATIONS, Block, Memory, SubBlock, Tap, attend, layer_norm, linear
 from barber_jax.models.family import HFConfig, Model, Names
 
 SUB_BLOCKS = (
@@ -65,12 +65,12 @@ class OPTAttention(nnx.Module):
         self.out_proj = linear(config.hidden, config.hidden, config.bias, dtype, rngs)
         self.head_size = config.hidden // config.heads
 
-    def __call__(self, x: jax.Array, tap: Tap) -> jax.Array:
+    def __call__(self, x: jax.Array, tap: Tap, memory: Memory | None = None) -> jax.Array:
         heads = (*x.shape[:2], -1, self.head_size)
         tap("self_attn.in", x)
         # The query is scaled and not the score, as Hugging Face does it: the same roundings.
         q = (self.q_proj(x) * self.head_size**-0.5).reshape(heads)
-        mixed = attend(q, self.k_proj(x).reshape(heads), self.v_proj(x).reshape(heads), 1.0)
+        mixed = attend(q, self.k_proj(x).reshape(heads), self.v_proj(x).reshape(heads), 1.0, memory=memory)
         tap("self_attn.mid", mixed)
         return self.out_proj(mixed)
 
@@ -124,11 +124,12 @@ class OPTEmbed(nnx.Module):
         self.project_in = linear(config.embedding, config.hidden, False, dtype, rngs) if config.projected else None
         self.embed_positions = nnx.Embed(config.positions + POSITION_OFFSET, config.hidden, dtype=dtype, rngs=rngs)
 
-    def __call__(self, ids: jax.Array) -> jax.Array:
+    def __call__(self, ids: jax.Array, position: jax.Array | None = None) -> jax.Array:
         tokens = self.embed_tokens(ids)
         if self.project_in is not None:
             tokens = self.project_in(tokens)
-        return tokens + self.embed_positions(jnp.arange(ids.shape[-1]) + POSITION_OFFSET)
+        places = jnp.arange(ids.shape[-1]) if position is None else position[:, None]
+        return tokens + self.embed_positions(places + POSITION_OFFSET)
 
 
 class OPTHead(nnx.Module):

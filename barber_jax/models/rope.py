@@ -81,11 +81,14 @@ class Rope:
         out = np.where(wavelength > self.original_positions / low, frequency / self.factor, between)
         return np.where(wavelength < self.original_positions / high, frequency, out).astype(np.float32)
 
-    def rotate(self, x: jax.Array) -> jax.Array:
-        """Rotate heads [S, L, H, E] by their positions 0..L-1."""
+    def rotate(self, x: jax.Array, position: jax.Array | None = None) -> jax.Array:
+        """Rotate heads [S, L, H, E] by their positions: 0..L-1, or int32 [S] for the one token of each sequence."""
         length, size = x.shape[1], x.shape[-1]
-        angle = np.arange(length, dtype=np.float32)[:, None] * self.inverse_frequencies(size)[None]
-        angle = jnp.concatenate([angle, angle], axis=-1)[None, :, None, :]
+        if position is None:
+            angle = np.arange(length, dtype=np.float32)[None, :, None] * self.inverse_frequencies(size)
+        else:
+            angle = position.astype(jnp.float32)[:, None, None] * self.inverse_frequencies(size)
+        angle = jnp.concatenate([angle, angle], axis=-1)[:, :, None, :]
         cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
         first, second = jnp.split(x, 2, axis=-1)
         return x * cos + jnp.concatenate([-second, first], axis=-1) * sin

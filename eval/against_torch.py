@@ -1,0 +1,98 @@
+"""python -m barber_jax.eval.against_torch: perplexity of one checkpoint by barber_jax and by transformers on PyTorch.
+
+Both measure the same windows in float32, turn and turn about, so that what else the machine does meets both. Needs the
+extra `torch`.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from barber_jax.calibration import load_ids
+from barber_jax.command import parse, set_compilation_cache, set_precision
+from barber_jax.convert.checkpoint import open_checkpoint
+from barber_jax.errors import BarberError, exit_with_one_line
+from barber_jax.eval.perplexity import cut_windows, perplexity
+from barber_jax.extras import needs
+from barber_jax.models import build_model
+
+
+@dataclass(frozen=True)
+class AgainstTorchConfig:
+    """Speed of perplexity beside that of transformers on PyTorch, in float32, in one run."""
+
+    ckpt: str
+    """Hugging Face folder, which both read."""
+    tokens: Path
+    """Token ids: .npy of integers, flattened."""
+    length: int = 1024
+    """Tokens in a window."""
+    windows: int = 8
+    """How many windows."""
+    repeat: int = 3
+    """Measurements of each; the fastest counts."""
+
+    def __post_init__(self):
+        for option, least in (("length", 2), ("windows", 1), ("repeat", 1)):
+            if getattr(self, option) < least:
+                raise BarberError(f"--{option} {getattr(self, option)} must be at least {least}")
+
+
+def torch_perplexity(folder: str, windows: np.ndarray) -> Callable[[], float]:
+    """A function that measures perplexity with transformers, a window at a time, as pruning papers do."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if torch.cuda.is_available():
+        model = model.cuda()
+
+    def measure() -> float:
+        total = 0.0
+        with torch.inference_mode():
+            for window in windows:
+                ids = torch.as_tensor(window[None], dtype=torch.long, device=model.device)
+                scores = model(ids, use_cache=False).logits[0, :-1]
+                total += float(torch.nn.functional.cross_entropy(scores, ids[0, 1:]))
+        return math.exp(total / len(windows))
+
+    return measure
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """The command line: prints a table."""
+    config = parse(AgainstTorchConfig, "barber_jax.eval.against_torch", arguments)
+    set_precision()
+    set_compilation_cache(None)
+    checkpoint = open_checkpoint(config.ckpt)
+    model = build_model(checkpoint.config, np.dtype(np.float32))
+    ids = load_ids(config.tokens)
+    windows = cut_windows(ids, config.length, config.windows, str(config.tokens), model.vocabulary)
+    with needs("torch"):
+        theirs = torch_perplexity(config.ckpt, windows)
+    sides = {"barber_jax": lambda: perplexity(checkpoint, model, windows)["perplexity"], "transformers": theirs}
+    values = {name: measure() for name, measure in sides.items()}  # compiles, and warms up
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(config.repeat):
+        for name, measure in sides.items():
+            start = time.perf_counter()
+            measure()
+            seconds[name].append(time.perf_counter() - start)
+    table = Table(title=f"{config.ckpt}, {config.windows} windows of {config.length} tokens, float32")
+    for column in ("", "perplexity", "seconds", "tokens a second", "against transformers"):
+        table.add_column(column, justify="right" if column else "left")
+    slow = min(seconds["transformers"])
+    for name in sides:
+        best = min(seconds[name])
+        table.add_row(name, f"{values[name]:.4f}", f"{best:.2f}", f"{windows.size / best:.0f}", f"{slow / best:.2f} x")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    exit_with_one_line(run)
