@@ -10,6 +10,7 @@ COMMANDS = {
     "report": ("barber_jax.report", "make report.html of a pruned checkpoint anew"),
     "perplexity": ("barber_jax.eval.perplexity", "perplexity of a checkpoint"),
     "zero-shot": ("barber_jax.eval.zero_shot", "accuracy of a checkpoint on lm-eval tasks"),
+    "study": ("barber_jax.eval.study", "compare runs, or run a grid of them"),
     "benchmark": ("barber_jax.eval.benchmark", "speed of a pruning, against the hardware's"),
     "convert": ("barber_jax.convert.__main__", "write a checkpoint in another format"),
     "torch-masks": ("barber_jax.convert.torch_masks", "apply and check masks in PyTorch"),

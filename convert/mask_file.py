@@ -81,13 +81,16 @@ class Masks:
 
     def read(self, name: str) -> np.ndarray:
         """One mask, bool [out, in], True = kept. Raises BarberError if the file has none of that name."""
+        return unpack(self.packed(name), self.shapes[name])
+
+    def packed(self, name: str) -> np.ndarray:
+        """One mask as `pack` makes it, uint8. Raises BarberError if the file has none of that name."""
         if name not in self.shapes:
             raise BarberError(f"{self.path}: no mask for {name}; the first there is {next(iter(self.shapes), 'none')}")
         try:
-            packed = self._file.get_tensor(name)
+            return self._file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise BarberError(f"{self.path}: cannot read {name}: {error}; write or copy the file again") from error
-        return unpack(packed, self.shapes[name])
 
     def _bad(self, what: str) -> BarberError:
         return BarberError(f"{self.path}: {what}; write or copy the mask file again")

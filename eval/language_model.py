@@ -54,8 +54,8 @@ class BarberLM(TemplateLM):
         mesh: `data=N,model=M`; None for one device.
         max_length: longest sequence; None for the model's positions.
         add_bos_token: whether encoding adds special tokens; None: as the tokenizer does.
-        max_batch_size: not used; lm-eval passes it to every model.
-        device: refused: JAX chooses the device.
+        max_batch_size, device: not used; lm-eval passes them to every model. JAX chooses the device; JAX_PLATFORMS
+            (cpu, cuda, tpu) tells it which.
 
     Raises:
         BarberError: the checkpoint cannot be used, or has no tokenizer.
@@ -73,8 +73,6 @@ class BarberLM(TemplateLM):
         device: str | None = None,
     ):
         super().__init__()
-        if device is not None:
-            raise BarberError(f"device {device!r}: JAX chooses the device; set JAX_PLATFORMS (cpu, cuda, tpu) instead")
         if dtype not in ("float32", "bfloat16"):
             raise BarberError(f"dtype {dtype!r} is neither float32 nor bfloat16")
         set_precision()

@@ -81,8 +81,8 @@ def evaluate(config: ZeroShotConfig) -> dict:
         num_fewshot=config.shots,
         limit=config.limit,
         log_samples=False,
-        # Standard errors of means are a formula; nothing is drawn.
-        bootstrap_iters=0,
+        # Standard errors of means are a formula; for other metrics few draws will do.
+        bootstrap_iters=1000,
     )
     results = {}
     for name, task in tasks.items():

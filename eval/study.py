@@ -1,0 +1,172 @@
+"""python -m barber_jax.eval.study: runs side by side (methods, devices, dtypes), as Markdown, JSON and HTML."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from barber_jax.command import parse
+from barber_jax.convert.export import writing
+from barber_jax.errors import BarberError, exit_with_one_line
+from barber_jax.eval.agreement import Overlap, agreement, refusal
+from barber_jax.eval.grid import read_grid, run_grid
+from barber_jax.eval.runs import Run, load_runs
+from barber_jax.eval.study_page import page_parts
+
+Pairs = list[tuple[Run, Run, Overlap, Overlap | None]]
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Compare runs of barber_jax.prune, or run a grid of settings and compare those."""
+
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    """Folders that barber_jax.prune wrote; perplexity.json and zero_shot.json in them are read too."""
+    out: Path = Path("study")
+    """Folder to write study.md, study.json and study.html into; with --grid also the runs."""
+    grid: tuple[Path, ...] = ()
+    """Run the settings of these YAML or TOML files first, put together; what is done already is not done again."""
+    ckpt: str | None = None
+    """With --grid: the checkpoint to prune."""
+    agreement: bool | None = None
+    """Whether to compare masks. Default: where all runs are of one model."""
+
+    def __post_init__(self):
+        if bool(self.grid) != bool(self.ckpt):
+            raise BarberError("--grid and --ckpt go together: what to run, and on which checkpoint")
+        if not self.grid and not self.folders:
+            raise BarberError("nothing to compare; give folders of runs, or --grid FILE --ckpt CHECKPOINT")
+
+
+def columns(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
+    """The table of a study: head, and a row for each run. Options are shown where runs differ."""
+    settings = [run.settings for run in runs]
+    pruned = [own for own in settings if own]
+    options = list(dict.fromkeys(key for own in pruned for key in own))
+    # What a run without a rebuild has no use for is no difference.
+    varied = [key for key in options if len({str(own[key]) for own in pruned if own.get(key) is not None}) > 1]
+    if len({own["rebuild"] for own in pruned}) > 1 and "rebuild" not in varied:
+        varied.append("rebuild")
+    sources = list(dict.fromkeys(source for run in runs for source in run.perplexity))
+    tasks = list(dict.fromkeys(task for run in runs for task in run.zero_shot))
+    head = ["run", *(f"--{key.replace('_', '-')}" for key in varied), "sparsity"]
+    head += [f"perplexity, {Path(source).name}" for source in sources] + [_task(task, runs) for task in tasks]
+    head += ["swaps", "loss before", "loss after", "seconds", "GiB host", "GiB device", "device"]
+    rows = []
+    for run, own in zip(runs, settings, strict=True):
+        record = run.record or {}
+        totals, memory, device = record.get("totals", {}), record.get("peak_memory", {}), record.get("device")
+        row = [run.name, *("" if own.get(key) is None else str(own[key]) for key in varied)]
+        row += [_number(totals.get("sparsity"), ".4f")]
+        row += [_number(run.perplexity.get(source), ".2f") for source in sources]
+        row += [_number(run.zero_shot.get(task), ".2f", 100) for task in tasks]
+        row += [_number(totals.get("swaps"), ",")]
+        row += [_number(totals.get(key), ".4g") for key in ("loss_before", "loss_after")] + [
+            _number(run.seconds, ".1f")
+        ]
+        row += [_number(memory.get(key), ".2f", 2**-30) for key in ("host_bytes", "device_bytes")]
+        row += [f"{device['count']} x {device['kind']}" if device else ""]
+        rows.append(row)
+    used = [place for place in range(len(head)) if any(row[place] for row in rows)]
+    return [head[place] for place in used], [[row[place] for place in used] for row in rows]
+
+
+def _task(task: str, runs: list[Run]) -> str:
+    limits = {run.limit for run in runs if run.zero_shot}
+    shown = "zero-shot mean" if task == "mean" else task
+    return shown + (f" (first {limits.pop()})" if len(limits) == 1 and limits != {None} else "")
+
+
+def _number(value: float | None, form: str, scale: float = 1) -> str:
+    return "" if value is None else format(value * scale if scale != 1 else value, form)
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table as GitHub and others read it."""
+    line = lambda cells: "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"  # noqa: E731
+    rule = "|" + "|".join("---" if place == 0 else "--:" for place in range(len(head))) + "|"
+    return "\n".join([line(head), rule, *map(line, rows)]) + "\n"
+
+
+def agreement_table(pairs: Pairs) -> tuple[list[str], list[list[str]]]:
+    """Jaccard indices of every pair, over all weights and in the matrix that agrees least."""
+    head = ["runs", "pruned sets", "lowest matrix", "swaps", "lowest matrix"]
+    rows = []
+    for one, other, pruned, swapped in pairs:
+        row = [f"{one.name} / {other.name}", f"{pruned.whole:.4f}", f"{min(pruned.matrices.values()):.4f}"]
+        rows.append(row + ([f"{swapped.whole:.4f}", f"{min(swapped.matrices.values()):.4f}"] if swapped else ["", ""]))
+    return head, rows
+
+
+def as_json(runs: list[Run], pairs: Pairs) -> dict:
+    """The whole study for scripts."""
+    described = [
+        {
+            "name": run.name,
+            "folder": str(run.folder),
+            "settings": run.settings,
+            "perplexity": run.perplexity,
+            "zero_shot": run.zero_shot,
+            "zero_shot_limit": run.limit,
+            "seconds": run.seconds,
+            **{key: run.record[key] for key in ("totals", "peak_memory", "device", "versions") if run.record},
+        }
+        for run in runs
+    ]
+    compared = [
+        {
+            "runs": [one.name, other.name],
+            "pruned": pruned.summary(),
+            "swaps": swapped.summary() if swapped else None,
+        }
+        for one, other, pruned, swapped in pairs
+    ]
+    return {"format": "barber_jax.study", "version": 1, "runs": described, "agreement": compared}
+
+
+def study(runs: list[Run], out: Path, compare: bool | None) -> str:
+    """Write study.md, study.json and study.html; returns the first.
+
+    Args:
+        compare: whether to compare masks; None: where that can be done.
+
+    Raises:
+        BarberError: masks cannot be compared but must be, or nothing can be written.
+    """
+    from barber_jax.page import page
+
+    reason = refusal(runs) if compare is None else ("masks were not compared, as asked" if compare is False else None)
+    pairs = [] if reason else agreement(runs)
+    head, rows = columns(runs)
+    text = markdown(head, rows)
+    if pairs:
+        text += "\nAgreement of masks (Jaccard index):\n\n" + markdown(*agreement_table(pairs))
+    else:
+        text += f"\n{reason}\n"
+    html = page("barber_jax study", page_parts(runs, head, rows, pairs, agreement_table(pairs), reason))
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "study.md").write_text(text, encoding="utf-8")
+        (out / "study.json").write_text(json.dumps(as_json(runs, pairs), indent=1) + "\n", encoding="utf-8")
+        (out / "study.html").write_text(html, encoding="utf-8")
+    return text
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """The command line: prints the tables, writes the files."""
+    config = parse(StudyConfig, "barber_jax.eval.study", arguments)
+    out = Path(os.path.expanduser(config.out))
+    folders = list(config.folders)
+    if config.grid:
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        folders += run_grid(read_grid(list(config.grid)), config.ckpt, out, console.print)
+    print(study(load_runs(folders), out, config.agreement))
+    print(f"{out / 'study.html'}, study.md, study.json")
+
+
+if __name__ == "__main__":
+    exit_with_one_line(run)
