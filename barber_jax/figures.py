@@ -16,6 +16,8 @@ INK, LINE, SERIES = "#010203", "#010205", ("#010211", "#010212", "#010213", "#01
 VARIABLES = {INK: "--ink", LINE: "--line"} | {colour: f"--s{place}" for place, colour in enumerate(SERIES)}
 STYLE = {
     "svg.fonttype": "none",
+    # Element ids are hashes; with this they are the same in every process.
+    "svg.hashsalt": "barber_jax",
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.titlesize": 9,

@@ -4,7 +4,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -32,8 +32,8 @@ class StudyConfig:
     """Run the settings of these YAML or TOML files first, put together; what is done already is not done again."""
     ckpt: str | None = None
     """With --grid: the checkpoint to prune."""
-    agreement: bool | None = None
-    """Whether to compare masks. Default: where all runs are of one model."""
+    agreement: Literal["auto", "require", "skip"] = "auto"
+    """Whether to compare masks: auto does where all runs are of one model, require refuses where they are not."""
 
     def __post_init__(self):
         if bool(self.grid) != bool(self.ckpt):
@@ -128,18 +128,19 @@ def as_json(runs: list[Run], pairs: Pairs) -> dict:
     return {"format": "barber_jax.study", "version": 1, "runs": described, "agreement": compared}
 
 
-def study(runs: list[Run], out: Path, compare: bool | None) -> str:
+def study(runs: list[Run], out: Path, compare: str = "auto") -> str:
     """Write study.md, study.json and study.html; returns the first.
 
     Args:
-        compare: whether to compare masks; None: where that can be done.
+        compare: whether to compare masks, see `StudyConfig.agreement`.
 
     Raises:
         BarberError: masks cannot be compared but must be, or nothing can be written.
     """
     from barber_jax.page import page
 
-    reason = refusal(runs) if compare is None else ("masks were not compared, as asked" if compare is False else None)
+    # `agreement` raises the reason where there is one.
+    reason = {"auto": refusal(runs), "require": None, "skip": "masks were not compared, as asked"}[compare]
     pairs = [] if reason else agreement(runs)
     head, rows = columns(runs)
     text = markdown(head, rows)
