@@ -69,8 +69,13 @@ class Plots:
 
     def _inline(self, svg: str, title: str) -> str:
         svg = svg[svg.index("<svg") :]
-        # Ids are unique in a file only, and a page holds many figures.
-        svg = re.sub(r'\bid="', f'id="f{self._count}-', svg)
+        # Ids are unique in a file only, and a page holds many figures. What is the same is defined more than once.
+        seen: set[str] = set()
+
+        def first(found: re.Match) -> str:
+            return "" if found[1] in seen else seen.add(found[1]) or f' id="f{self._count}-{found[1]}"'
+
+        svg = re.sub(r'\sid="([^"]*)"', first, svg)
         svg = re.sub(r'(href="|url\()#', rf"\g<1>#f{self._count}-", svg)
         svg = re.sub(r"<metadata>.*?</metadata>|<\?xml.*?\?>|<!DOCTYPE.*?>", "", svg, flags=re.DOTALL)
         # Blank space at line ends and beginnings is most of such a file.
