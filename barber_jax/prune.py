@@ -117,13 +117,24 @@ def prune(config: PruneConfig) -> dict:
             record = run_record(config, sparsity, model, devices.used, blocks, seconds, quality)
             if writer:
                 writer.write_json(RUN, record)
-                write_report(writer.folder, config.out.name)
+                make_report(writer.folder, config.out, progress)
                 apply_format(writer.folder, config.format)
                 interrupt.check()
                 writer.publish()
                 state.remove()
         progress.say(summary(config, record))
     return record
+
+
+def make_report(folder: Path, out: Path, progress: Progress) -> None:
+    """Write report.html; a plot that cannot be drawn must not cost the run."""
+    try:
+        write_report(folder, out.name)
+    except BarberError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        progress.say(f"no report.html ({reason}); python -m barber_jax.report {out} tries again")
 
 
 @contextlib.contextmanager

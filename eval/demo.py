@@ -83,7 +83,7 @@ SmolLM2-135M, wanda + rebuild (alpha {ALPHA}), {SAMPLES} samples of {LENGTH} tok
   block loss, rebuild           {totals["loss_before"]:.2f} -> {totals["loss_after"]:.2f}
   perplexity, text held apart   dense {dense["perplexity"]:.2f}, pruned {record["perplexity"]["perplexity"]:.2f}
   pruned checkpoint             {out}  (Hugging Face; masks in {out / "masks.safetensors"})
-  report                        {out / "run.json"}""")
+  report                        {out / "report.html"}  (and run.json)""")
 
 
 if __name__ == "__main__":
