@@ -30,7 +30,7 @@ from barber_jax.convert.export import writing
 from barber_jax.convert.parameters import check_tensors
 from barber_jax.errors import BarberError, exit_with_one_line
 from barber_jax.eval.forward import final_hidden, on_devices
-from barber_jax.mesh import DATA, Devices
+from barber_jax.mesh import DATA, Devices, constrain
 from barber_jax.models import build_model
 from barber_jax.models.decoder import Definition
 from barber_jax.models.family import Model
@@ -131,27 +131,27 @@ def window_losses(definition: Definition, parameters: Parameters, hidden: jax.Ar
         float32 [M * B].
     """
     head = definition.bind(parameters)
-    hidden, ids = hidden.reshape(-1, *hidden.shape[2:]), ids.reshape(-1, ids.shape[-1])
-    length = ids.shape[1]
-    step = min(HEAD_TOKENS, length)
+    batch, length = ids.shape[1:]
+    step = max(1, min(HEAD_TOKENS // batch, length))
     padding = -length % step
     # Position t predicts token t + 1; the last position, and what pads it to whole steps, predicts nothing.
-    targets = jnp.pad(ids[:, 1:], ((0, 0), (0, 1 + padding)))
+    targets = jnp.pad(ids[:, :, 1:], ((0, 0), (0, 0), (0, 1 + padding)))
     weight = jnp.arange(length + padding) < length - 1
 
-    def window(pair):
-        states, wanted = pair
+    def part(piece: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        """Summed losses [B] of a step's tokens [B, step]."""
+        states, wanted, counts = piece
+        scores = head(constrain(states, DATA)).astype(jnp.float32)
+        loss = optax.softmax_cross_entropy_with_integer_labels(scores, wanted)
+        return jnp.sum(jnp.where(counts, loss, 0.0), axis=1)
 
-        def part(piece):
-            loss = optax.softmax_cross_entropy_with_integer_labels(
-                head(piece[0][None])[0].astype(jnp.float32), piece[1]
-            )
-            return jnp.sum(jnp.where(piece[2], loss, 0.0))
+    def micro_batch(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+        states = jnp.pad(pair[0], ((0, 0), (0, padding), (0, 0))).reshape(batch, -1, step, pair[0].shape[-1])
+        wanted = pair[1].reshape(batch, -1, step)
+        pieces = (jnp.moveaxis(states, 1, 0), jnp.moveaxis(wanted, 1, 0), weight.reshape(-1, step))
+        return jnp.sum(lax.map(part, pieces), axis=0) / (length - 1)
 
-        states = jnp.pad(states, ((0, padding), (0, 0))).reshape(-1, step, states.shape[-1])
-        return jnp.sum(lax.map(part, (states, wanted.reshape(-1, step), weight.reshape(-1, step)))) / (length - 1)
-
-    return lax.map(window, (hidden, targets))
+    return constrain(lax.map(micro_batch, (hidden, targets)).reshape(-1))
 
 
 def perplexity(
