@@ -32,7 +32,7 @@ from barber_jax.config import PruneConfig
 from barber_jax.convert.export import MASKS, RUN, beside
 from barber_jax.errors import BarberError
 from barber_jax.eval.perplexity import PerplexityConfig
-from barber_jax.eval.runs import PERPLEXITY, ZERO_SHOT
+from barber_jax.eval.runs import PERPLEXITY, REBUILD, ZERO_SHOT
 from barber_jax.eval.zero_shot import ZeroShotConfig
 from barber_jax.report import load_record
 
@@ -50,7 +50,7 @@ OWN = (
     "eval_windows",
 )
 """Options that a grid sets itself, or measures by other means."""
-REBUILD = ("rebuild", "granularity", "alpha", "metric", "retain_reconstruction")
+LATER = ("rebuild", *REBUILD)
 """Options that leave the starting masks as they are."""
 Options = dict[str, Any]
 
@@ -155,18 +155,18 @@ def settings(grid: dict[str, Any], ckpt: str) -> list[Setting]:
             varied = dict(zip(group, values, strict=True))
             options = {**grid["prune"], **varied}
             config = _config(ckpt, options)
-            kept = {name: value for name, value in options.items() if name not in REBUILD}
+            kept = {name: value for name, value in options.items() if name not in LATER}
             key = tuple(sorted((name, str(value)) for name, value in kept.items()))
             if key not in starts:
-                own = {"method": config.method} | {n: v for n, v in varied.items() if n not in REBUILD}
+                own = {"method": config.method} | {n: v for n, v in varied.items() if n not in LATER}
                 first = {**kept, "rebuild": "false"}
                 starts[key] = Setting(_name({**own, "rebuild": "no"}), first, _config(ckpt, first))
             if config.rebuild:
                 names = {"method": config.method} | {n: v for n, v in varied.items() if n != "rebuild"}
-                if not any(name in REBUILD for name in names):
+                if not any(name in LATER for name in names):
                     names["rebuild"] = "yes"
                 setting = Setting(_name(names), options, config, starts[key])
-                rebuilt.setdefault((*key, *(getattr(config, name) for name in REBUILD)), setting)
+                rebuilt.setdefault((*key, *(getattr(config, name) for name in LATER)), setting)
     found = [*starts.values(), *rebuilt.values()]
     names = [setting.name for setting in found]
     # Two starts can differ in an option that all runs of their groups share, and so have the same name.
@@ -259,7 +259,7 @@ def _measure(module: str, ckpt: str, options: Options, file: Path, say: Callable
 def _check_same(folder: Path, line: list[str]) -> None:
     """Raise BarberError unless the folder holds the run of that command line."""
     found, wanted = load_record(folder)["options"], parse(PruneConfig, "barber_jax.prune", line)
-    for name in (*REBUILD, "ckpt", "method", "calibration", "samples", "length", "seed", "compute_dtype", "mesh"):
+    for name in (*LATER, "ckpt", "method", "calibration", "samples", "length", "seed", "compute_dtype", "mesh"):
         if found.get(name) != getattr(wanted, name):
             option = f"--{name.replace('_', '-')}"
             raise BarberError(

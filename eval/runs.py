@@ -11,6 +11,8 @@ from barber_jax.report import load_record
 
 PERPLEXITY, ZERO_SHOT = "perplexity.json", "zero_shot.json"
 """Beside run.json: what eval.perplexity and eval.zero_shot wrote with --json."""
+REBUILD = ("granularity", "alpha", "metric", "retain_reconstruction")
+"""Options that only a rebuild looks at."""
 
 
 @dataclass
@@ -59,8 +61,10 @@ class Run:
         kept = {key: value for key, value in options.items() if key not in skipped}
         if start:
             kept["method"] = start["method"]
+        # What sparsegpt's starting mask has is a hair more than what was asked for.
+        kept["sparsity"] = round(kept["sparsity"], 4)
         if not options["rebuild"]:
-            kept |= dict.fromkeys(("granularity", "alpha", "metric"))
+            kept |= dict.fromkeys(REBUILD)
         return kept
 
     @property

@@ -14,9 +14,11 @@ from barber_jax.convert.export import writing
 from barber_jax.errors import BarberError, exit_with_one_line
 from barber_jax.eval.agreement import Overlap, agreement, refusal
 from barber_jax.eval.grid import read_grid, run_grid
-from barber_jax.eval.runs import Run, load_runs
+from barber_jax.eval.runs import REBUILD, Run, load_runs
 from barber_jax.eval.study_page import page_parts
 
+PAIRS = 30
+"""More pairs of runs than these are for the page alone."""
 Pairs = list[tuple[Run, Run, Overlap, Overlap | None]]
 
 
@@ -48,9 +50,8 @@ def columns(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
     pruned = [own for own in settings if own]
     options = list(dict.fromkeys(key for own in pruned for key in own))
     # What a run without a rebuild has no use for is no difference.
-    varied = [key for key in options if len({str(own[key]) for own in pruned if own.get(key) is not None}) > 1]
-    if len({own["rebuild"] for own in pruned}) > 1 and "rebuild" not in varied:
-        varied.append("rebuild")
+    used = lambda key: [own for own in pruned if own["rebuild"] or key not in REBUILD]  # noqa: E731
+    varied = [key for key in options if len({str(own.get(key)) for own in used(key)}) > 1]
     sources = list(dict.fromkeys(source for run in runs for source in run.perplexity))
     tasks = list(dict.fromkeys(task for run in runs for task in run.zero_shot))
     head = ["run", *(f"--{key.replace('_', '-')}" for key in varied), "sparsity"]
@@ -71,8 +72,8 @@ def columns(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
         row += [_number(memory.get(key), ".2f", 2**-30) for key in ("host_bytes", "device_bytes")]
         row += [f"{device['count']} x {device['kind']}" if device else ""]
         rows.append(row)
-    used = [place for place in range(len(head)) if any(row[place] for row in rows)]
-    return [head[place] for place in used], [[row[place] for place in used] for row in rows]
+    filled = [place for place in range(len(head)) if any(row[place] for row in rows)]
+    return [head[place] for place in filled], [[row[place] for place in filled] for row in rows]
 
 
 def _task(task: str, runs: list[Run]) -> str:
@@ -144,7 +145,9 @@ def study(runs: list[Run], out: Path, compare: str = "auto") -> str:
     pairs = [] if reason else agreement(runs)
     head, rows = columns(runs)
     text = markdown(head, rows)
-    if pairs:
+    if len(pairs) > PAIRS:
+        text += f"\nAgreement of masks: {len(pairs)} pairs, in study.html and study.json\n"
+    elif pairs:
         text += "\nAgreement of masks (Jaccard index):\n\n" + markdown(*agreement_table(pairs))
     else:
         text += f"\n{reason}\n"
