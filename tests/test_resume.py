@@ -22,7 +22,7 @@ from barber_jax.errors import BarberError
 OPTIONS = ["--samples", "4", "--length", "16", "--alpha", "0.5"]
 METHODS = {
     "wanda": [],
-    "magnitude": ["--method", "magnitude"],
+    "magnitude": ["--method", "magnitude", "--save-start"],
     "sparsegpt": ["--method", "sparsegpt"],
     "retained": ["--method", "sparsegpt", "--retain-reconstruction"],
     "not rebuilt": ["--method", "sparsegpt", "--no-rebuild"],
@@ -53,7 +53,9 @@ def figures(out: Path):
     del record["peak_memory"]
     for told in ("out", "resume"):
         del record["options"][told]
-    files = {path.name: path.read_bytes() for path in out.iterdir() if path.name != "run.json"}
+    # The report shows what run.json holds, times too.
+    told = ("run.json", "report.html")
+    files = {path.name: path.read_bytes() for path in out.iterdir() if path.name not in told}
     return record, files
 
 

@@ -166,8 +166,8 @@ def test_rolling_log_likelihood_agrees(pairs, data, family):
 def test_greedy_generation_agrees(pairs, family):
     theirs, ours, _ = pairs[family]
     rng = np.random.default_rng(1)
-    contexts = [sentence(rng, 1, 20) for _ in range(7)] + ["q " * 200]
-    plain = {"until": [], "max_gen_toks": 40, "do_sample": False}
+    contexts = [sentence(rng, 1, 20) for _ in range(4)] + ["q " * 200]
+    plain = {"until": [], "max_gen_toks": 24, "do_sample": False}
     free = [Instance("generate_until", {}, (context, dict(plain)), 0) for context in contexts]
     made = theirs.generate_until(free)
     assert ours.generate_until(free, disable_tqdm=True) == made
