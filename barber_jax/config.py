@@ -103,7 +103,8 @@ class PruneConfig:
     masks: Path | None = None
     """Start from this mask file (masks.safetensors) instead of a criterion."""
     sparse_ckpt: str | None = None
-    """Start from the zeros and the weights of this pruned checkpoint of the same model instead of a criterion."""
+    """Start from the zeros and the weights of this pruned checkpoint of the same model instead of a criterion. With
+    --masks too, from its weights and those masks: a weight that is zero by chance then counts as kept."""
     sparsity: float | None = None
     """Fraction of weights to prune, in [0, 1). Default 0.5, or what an N:M pattern means."""
     pattern: str | None = None
@@ -198,10 +199,8 @@ class PruneConfig:
             raise BarberError("--eval-windows needs --eval-text or --eval-dataset")
 
     def _settle_start(self) -> None:
-        """Exactly one thing gives the starting mask: --method (wanda unless said), --masks or --sparse-ckpt."""
+        """Either --method (wanda unless said) gives the starting mask, or --masks, or --sparse-ckpt."""
         given = [name for name, value in (("--masks", self.masks), ("--sparse-ckpt", self.sparse_ckpt)) if value]
-        if len(given) == 2:
-            raise BarberError("--masks and --sparse-ckpt both give the starting mask; choose one")
         if given and self.method:
             raise BarberError(f"--method {self.method} and {given[0]} both give the starting mask; choose one")
         if given and self.sparsity is not None:

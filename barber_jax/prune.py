@@ -194,15 +194,15 @@ def open_start(
     config: PruneConfig, checkpoint: Checkpoint, model: Model, devices: Devices, progress: Progress
 ) -> tuple[Start, PruneConfig, float]:
     """What gives the starting masks, the options with the pattern that they have, and the sparsity asked for."""
-    if config.masks:
-        masks = read_masks(config.masks.expanduser())
-        if config.pattern is None:
-            config = dataclasses.replace(config, pattern=masks.pattern)
-        return MaskFileStart(masks, checkpoint, model, config.sparsity_pattern, devices), config, masks.sparsity
+    masks = read_masks(config.masks.expanduser()) if config.masks else None
+    if masks and config.pattern is None:
+        config = dataclasses.replace(config, pattern=masks.pattern)
     if config.sparse_ckpt:
         sparse = open_checkpoint(config.sparse_ckpt)
-        given = SparseCheckpointStart(sparse, checkpoint, model, config.sparsity_pattern, devices)
-        return given, config, given.sparsity()
+        given = SparseCheckpointStart(sparse, checkpoint, model, config.sparsity_pattern, devices, masks)
+        return given, config, masks.sparsity if masks else given.sparsity()
+    if masks:
+        return MaskFileStart(masks, checkpoint, model, config.sparsity_pattern, devices), config, masks.sparsity
     pattern = config.sparsity_pattern
     criterion = CRITERIA[config.method]
     return CriterionStart(criterion, model, config.samples, pattern, progress.say), config, pattern.sparsity

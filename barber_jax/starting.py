@@ -108,6 +108,9 @@ class MaskFileStart:
 class SparseCheckpointStart:
     """Starting masks from the zeros of a pruned checkpoint, starting weights from its other weights.
 
+    Args:
+        file: where the masks are known: of a weight that is zero by chance the zeros do not tell that it is kept.
+
     Raises:
         BarberError: its weights' names or shapes do not fit the model.
     """
@@ -115,9 +118,16 @@ class SparseCheckpointStart:
     needs_stream = False
 
     def __init__(
-        self, sparse: Checkpoint, checkpoint: Checkpoint, model: Model, pattern: SparsityPattern, devices: Devices
+        self,
+        sparse: Checkpoint,
+        checkpoint: Checkpoint,
+        model: Model,
+        pattern: SparsityPattern,
+        devices: Devices,
+        file: Masks | None = None,
     ):
         self._sparse, self._model, self._pattern, self._devices = sparse, model, pattern, devices
+        self._file = file
         block = next(iter(model.pruned_names())).partition(".0.")[0]
         held = {
             name: sparse.shape(name)
@@ -125,12 +135,19 @@ class SparseCheckpointStart:
             if name.startswith(f"{block}.") and len(sparse.shape(name)) == 2
         }
         check_fit(held, checkpoint, model, f"{sparse.location}: weight")
+        if file:
+            check_fit(file.shapes, checkpoint, model, f"{file.path}: mask")
 
     def __call__(self, index: int, dense: Parameters, stream: Stream | None) -> tuple[BlockMasks, Parameters]:
         masks, weights = {}, {}
         for path, name in self._model.kernel_names(index).items():
             tensor = self._sparse.read(name)
-            mask = tensor != 0
+            mask = self._file.read(name) if self._file else tensor != 0
+            if self._file and np.any(tensor[~mask]):
+                raise BarberError(
+                    f"{self._sparse.location}: {name} is not zero everywhere that {self._file.path} prunes; "
+                    "give the masks of that checkpoint"
+                )
             check_pattern(mask, self._pattern, f"{self._sparse.location}: {name}")
             masks[path] = mask
             weights[path] = to_flax(path, tensor).astype(dense[path].dtype)

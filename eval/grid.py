@@ -200,12 +200,13 @@ def command(setting: Setting, ckpt: str, out: Path) -> list[str]:
     for option in ("method", "sparsity", "rebuild"):
         given.pop(option, None)
     given |= {"granularity": config.granularity, "alpha": config.alpha}
+    given.pop("pattern", None)  # the mask file says it
     folder = out / setting.start.name
+    line += ["--masks", str(folder / MASKS)]
     if config.method == "sparsegpt":
-        # The criterion changed weights as well: its checkpoint has both.
-        return [*line, "--sparse-ckpt", str(folder), *arguments(given)]
-    given.pop("pattern", None)
-    return [*line, "--masks", str(folder / MASKS), *arguments(given)]
+        # The criterion changed weights as well.
+        line += ["--sparse-ckpt", str(folder)]
+    return line + arguments(given)
 
 
 def run_grid(grid: dict[str, Any], ckpt: str, out: Path, say: Callable[[str], None]) -> list[Path]:

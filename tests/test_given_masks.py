@@ -54,6 +54,25 @@ def test_retained_sparsegpt_weights_come_back_from_a_sparse_checkpoint(tmp_path,
         np.testing.assert_array_equal(got[name], np.where(mask, dense[name], 0))
 
 
+def test_masks_tell_which_zeros_of_a_checkpoint_are_kept_weights(tmp_path, ckpt):
+    tensors = load_file(ckpt / "model.safetensors")
+    rng = np.random.default_rng(0)
+    for name in tensors:
+        if name.endswith("proj.weight"):
+            tensors[name] = np.where(rng.random(tensors[name].shape) < 0.2, 0, tensors[name])
+    save_file(tensors, ckpt / "model.safetensors", {"format": "pt"})
+    settings = ["--granularity", "output1", "--alpha", 0.5]
+    for method in (["magnitude", "--pattern", "2:4"], ["sparsegpt"]):
+        want = run(tmp_path, "want", "--method", *method, *settings, "--overwrite")
+        run(tmp_path, "start", "--method", *method, "--no-rebuild", "--overwrite")
+        given = ["--masks", tmp_path / "start" / "masks.safetensors", "--sparse-ckpt", tmp_path / "start"]
+        same(run(tmp_path, "both", *given, *settings, "--overwrite"), want)
+    run(tmp_path, "other", "--method", "magnitude", "--no-rebuild")
+    given[1] = tmp_path / "other" / "masks.safetensors"
+    with pytest.raises(BarberError, match="is not zero everywhere"):
+        run(tmp_path, "out", *given)
+
+
 def test_uneven_sparsity_is_kept(tmp_path, ckpt):
     run(tmp_path, "start", "--no-rebuild")
     tensors = load_file(tmp_path / "start" / "model.safetensors")
@@ -86,7 +105,6 @@ def test_pattern_of_the_mask_file_is_kept(tmp_path, ckpt):
         (["--method", "wanda"], "--method"),
         (["--sparsity", 0.5], "--sparsity"),
         (["--retain-reconstruction"], "--retain-reconstruction"),
-        (["--sparse-ckpt", "x"], "--sparse-ckpt"),
         (["--pattern", "1:4"], "1 of every 4"),
     ],
 )
