@@ -76,14 +76,17 @@ def read_map(text: str) -> np.ndarray:
 
 
 def provenance(config: PruneConfig) -> dict | None:
-    """The run that the starting masks were taken from, where it left its run.json beside them."""
+    """The run that the starting masks were taken from, where it left a run.json beside them that can be read."""
     given = config.masks.parent if config.masks else config.sparse_ckpt
-    if given is None or not (Path(given).expanduser() / RUN).is_file():
+    if given is None:
         return None
-    record = load_record(Path(given).expanduser())
-    options = record["options"]
-    start = {"folder": str(given), "method": options["method"], "rebuild": options["rebuild"]}
-    return start | {"seconds": record["totals"]["seconds"]}
+    try:
+        record = load_record(Path(given).expanduser())
+        options, seconds = record["options"], record["totals"]["seconds"]
+        return {"folder": str(given), "method": options["method"], "rebuild": options["rebuild"], "seconds": seconds}
+    except (BarberError, KeyError):
+        # Asked at the end of hours of work, which must not be lost for this.
+        return None
 
 
 def load_record(folder: Path) -> dict:

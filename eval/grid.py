@@ -260,12 +260,16 @@ def _measure(module: str, ckpt: str, options: Options, file: Path, say: Callable
 def _check_same(folder: Path, line: list[str]) -> None:
     """Raise BarberError unless the folder holds the run of that command line."""
     found, wanted = load_record(folder)["options"], parse(PruneConfig, "barber_jax.prune", line)
-    for name in (*LATER, "ckpt", "method", "calibration", "samples", "length", "seed", "compute_dtype", "mesh"):
-        if found.get(name) != getattr(wanted, name):
+    names = (*LATER, "ckpt", "method", "calibration", "samples", "length", "seed", "compute_dtype", "mesh")
+    asked = {name: getattr(wanted, name) for name in names}
+    if wanted.method:
+        # With --masks they are those of the run that made them, which is looked at itself.
+        asked |= {"sparsity": wanted.sparsity_pattern.sparsity, "pattern": str(wanted.sparsity_pattern)}
+    for name, value in asked.items():
+        if found.get(name) != value:
             option = f"--{name.replace('_', '-')}"
             raise BarberError(
-                f"{folder} holds a run with {option} {found.get(name)}, not {getattr(wanted, name)}; "
-                "choose another --out or remove it"
+                f"{folder} holds a run with {option} {found.get(name)}, not {value}; choose another --out or remove it"
             )
 
 

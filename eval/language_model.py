@@ -28,8 +28,8 @@ from barber_jax.models import build_model
 
 SHORTEST = 32
 """Sequences are padded to this many tokens at least."""
-BATCH_TOKENS = {"cpu": 2048}
-"""Tokens of a batch where the user gives no size, by platform; elsewhere 16384."""
+CPU_TOKENS, TOKENS = 2048, 16384
+"""Tokens of a batch where the user gives no size: on CPU, and elsewhere."""
 GENERATED, STEPS = 256, 16
 """Most tokens generated where a task does not say, as lm-eval has it; tokens between two looks for a stop."""
 
@@ -229,13 +229,13 @@ class BarberLM(TemplateLM):
         for tokens in sequences:
             by_size.setdefault(bucket(len(tokens), self.max_length), []).append(tokens)
         data = self._devices.shape[0]
-        platform = self._devices.used[0].platform
+        most = CPU_TOKENS if self._devices.used[0].platform == "cpu" else TOKENS
         console = Console(stderr=True, quiet=quiet)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task(what, total=len(sequences))
             for size in sorted(by_size, reverse=True):
                 own = by_size[size]
-                rows = self._rows or max(1, BATCH_TOKENS.get(platform, 16384) // (size + more))
+                rows = self._rows or max(1, most // (size + more))
                 # A power of two, so that few short batches make few programs; a multiple of `data`.
                 rows = min(rows, 1 << (len(own) - 1).bit_length())
                 rows = -(-rows // data) * data

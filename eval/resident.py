@@ -4,6 +4,7 @@ The blocks' parameters are stacked, [blocks, ...], and scanned over, so that one
 Over a mesh, sequences are spread over `data` and the blocks' linears over `model`.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -173,7 +174,9 @@ class ResidentModel:
             log, likeliest = _judge(head, last, hidden, *map(self._devices.put, padded))
         return np.asarray(log)[:count], np.asarray(likeliest)[:count]
 
-    def generate(self, ids: np.ndarray, lengths: np.ndarray, tokens: int, steps: int, stop) -> np.ndarray:
+    def generate(
+        self, ids: np.ndarray, lengths: np.ndarray, tokens: int, steps: int, stop: Callable[[np.ndarray], bool]
+    ) -> np.ndarray:
         """Continue prompts greedily.
 
         Args:

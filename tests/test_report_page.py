@@ -108,6 +108,19 @@ def test_the_command_makes_it_anew(run, tmp_path):
     assert (copy / "report.html").read_text() == same
 
 
+def test_where_the_starting_masks_came_from(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    given = ["--masks", copy / "masks.safetensors", *QUICK]
+    prune_masks(tmp_path / "next", LLAMA, LLAMA / "calibration_ids.npy", *given)
+    record = json.loads((tmp_path / "next" / "run.json").read_text())
+    assert record["started_from"]["method"] == "wanda" and record["started_from"]["folder"] == str(copy)
+    assert str(copy) in (tmp_path / "next" / "report.html").read_text()
+    # One that cannot be read costs no run.
+    change(copy, version=9)
+    prune_masks(tmp_path / "last", LLAMA, LLAMA / "calibration_ids.npy", *given)
+    assert "started_from" not in json.loads((tmp_path / "last" / "run.json").read_text())
+
+
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [

@@ -247,6 +247,10 @@ def test_a_grid_gives_what_single_runs_give(grid_file, tmp_path):
     grid["prune"] = {**grid["prune"], "samples": "3"}
     with pytest.raises(BarberError, match="--samples 4, not 3"):
         run_grid(grid, str(LLAMA), tmp_path / "out", said.append)
+    grid["prune"] = {**grid["prune"], "samples": "4", "sparsity": "0.25"}
+    grid["sweep"] = [{"method": "wanda", "rebuild": "false"}]
+    with pytest.raises(BarberError, match=r"--sparsity 0\.5, not 0\.25"):
+        run_grid(grid, str(LLAMA), tmp_path / "out", said.append)
 
 
 def test_the_grids_that_come_with_the_package():
