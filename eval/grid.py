@@ -16,6 +16,7 @@ its own, and the whole is cut off and goes on at any place.
 """
 
 import itertools
+import json
 import shlex
 import subprocess
 import sys
@@ -29,7 +30,7 @@ import yaml
 
 from barber_jax.command import parse
 from barber_jax.config import PruneConfig
-from barber_jax.convert.export import MASKS, RUN, beside
+from barber_jax.convert.export import MASKS, RUN, beside, writing
 from barber_jax.errors import BarberError
 from barber_jax.eval.perplexity import PerplexityConfig
 from barber_jax.eval.runs import PERPLEXITY, REBUILD, ZERO_SHOT
@@ -253,8 +254,13 @@ def _measures(grid: dict[str, Any]) -> Iterator[tuple[str, Options, str, type]]:
 
 
 def _measure(module: str, ckpt: str, options: Options, file: Path, say: Callable[[str], None]) -> None:
-    if not file.is_file():
+    """Measure, unless the file holds what was measured with these options."""
+    asked = file.with_suffix(".asked.json")
+    key = json.dumps([module, options], sort_keys=True) + "\n"
+    if not (file.is_file() and asked.is_file() and asked.read_text(encoding="utf-8") == key):
         _process(module, ["--ckpt", ckpt, "--json", str(file), *arguments(options)], say)
+        with writing(asked):
+            asked.write_text(key, encoding="utf-8")
 
 
 def _check_same(folder: Path, line: list[str]) -> None:

@@ -243,6 +243,10 @@ def test_a_grid_gives_what_single_runs_give(grid_file, tmp_path):
     shutil.rmtree(tmp_path / "out" / "method=wanda,alpha=0.3")
     run_grid(grid, str(LLAMA), tmp_path / "out", said.append)
     assert len([line for line in said if line.startswith("python")]) == 2
+    # Measured with other options, it is measured again.
+    said.clear()
+    run_grid({**grid, "perplexity": {**grid["perplexity"], "windows": "1"}}, str(LLAMA), tmp_path / "out", said.append)
+    assert [line.split()[2] for line in said if line.startswith("python")] == ["barber_jax.eval.perplexity"] * 7
     # Another grid in the same place is refused.
     grid["prune"] = {**grid["prune"], "samples": "3"}
     with pytest.raises(BarberError, match="--samples 4, not 3"):
