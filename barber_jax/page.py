@@ -45,7 +45,10 @@ def page(title: str, parts: Iterable[str]) -> str:
 
 def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
     """A table; cells are text."""
-    cells = lambda kind, row: "".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in row)  # noqa: E731
+
+    def cells(kind: str, row: Sequence[object]) -> str:
+        return "".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in row)
+
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     return f"<div class='scroll'><table><thead><tr>{cells('th', head)}</tr></thead><tbody>{body}</tbody></table></div>"
 

@@ -214,8 +214,11 @@ def outlier_maps(
         high = selection.keep_highest(score, score.size - score.size // OUTLIERS, selection.AXES["layer"])
         sides = [jnp.arange(size) * BINS // size for size in score.shape]
         outputs, inputs = (jnp.arange(BINS)[:, None] == side for side in sides)
-        # Products of zeros and ones: exact in float32, as no part holds 2^24 outliers.
-        count = lambda flags: outputs.astype(jnp.float32) @ flags.astype(jnp.float32) @ inputs.T  # noqa: E731
+
+        def count(flags: jax.Array) -> jax.Array:
+            # Products of zeros and ones: exact in float32, as no part holds 2^24 outliers.
+            return outputs.astype(jnp.float32) @ flags.astype(jnp.float32) @ inputs.T
+
         return constrain(jnp.stack([count(high & ~mask[path]) for mask in (before, after)]).astype(jnp.int32))
 
     return {path: maps(path) for path in sub.kernels}

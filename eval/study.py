@@ -49,9 +49,12 @@ def columns(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
     settings = [run.settings for run in runs]
     pruned = [own for own in settings if own]
     options = list(dict.fromkeys(key for own in pruned for key in own))
-    # What a run without a rebuild has no use for is no difference.
-    used = lambda key: [own for own in pruned if own["rebuild"] or key not in REBUILD]  # noqa: E731
-    varied = [key for key in options if len({str(own.get(key)) for own in used(key)}) > 1]
+
+    def differs(key: str) -> bool:
+        # What a run without a rebuild has no use for is no difference.
+        return len({str(own.get(key)) for own in pruned if own["rebuild"] or key not in REBUILD}) > 1
+
+    varied = [key for key in options if differs(key)]
     sources = list(dict.fromkeys(source for run in runs for source in run.perplexity))
     tasks = list(dict.fromkeys(task for run in runs for task in run.zero_shot))
     head = ["run", *(f"--{key.replace('_', '-')}" for key in varied), "sparsity"]
@@ -88,7 +91,10 @@ def _number(value: float | None, form: str, scale: float = 1) -> str:
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     """A table as GitHub and others read it."""
-    line = lambda cells: "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"  # noqa: E731
+
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
     rule = "|" + "|".join("---" if place == 0 else "--:" for place in range(len(head))) + "|"
     return "\n".join([line(head), rule, *map(line, rows)]) + "\n"
 

@@ -1,5 +1,6 @@
 """Running the command lines from tests."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,14 @@ from barber_jax.convert.mask_file import read_masks
 ORACLES = Path(__file__).parent / "oracles"
 
 
-def command(module: str, *arguments) -> subprocess.CompletedProcess:
-    """`python -m barber_jax.<module>` in a process of its own."""
+def command(module: str, *arguments, devices: int = 1) -> subprocess.CompletedProcess:
+    """`python -m barber_jax.<module>` in a process of its own, which sees so many virtual devices."""
     line = [sys.executable, "-m", f"barber_jax.{module}", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=600)
+    environment = {
+        **os.environ,
+        **({"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} if devices > 1 else {}),
+    }
+    return subprocess.run(line, capture_output=True, text=True, timeout=600, env=environment)
 
 
 def prune_masks(out: Path, ckpt, ids, *options) -> dict[str, np.ndarray]:

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -51,12 +48,7 @@ def test_many_devices_measure_the_same(case, tmp_path):
     folder, files, wanted = case
     out = tmp_path / "perplexity.json"
     line = ["--ckpt", folder, "--length", 16, "--tokens", *files, "--mesh", "data=2,model=2", "--batch", 3]
-    done = subprocess.run(
-        [sys.executable, "-m", "barber_jax.eval.perplexity", *map(str, line), "--json", str(out)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
-    )
+    done = command("eval.perplexity", *line, "--json", out, devices=4)
     assert done.returncode == 0, done.stderr
     assert [result["perplexity"] for result in read_results(out)] == pytest.approx(wanted, rel=1e-5)
     assert len(done.stdout.splitlines()) == 2

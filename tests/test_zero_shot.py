@@ -1,8 +1,6 @@
 """Zero-shot evaluation against lm-eval's own Hugging Face model, on tiny random models and made-up task data."""
 
 import json
-import os
-import subprocess
 import sys
 
 import numpy as np
@@ -237,12 +235,7 @@ def test_many_devices_give_the_same(pairs, data, tmp_path):
     one = zero_shot.evaluate(zero_shot.ZeroShotConfig(str(folder), tasks=("rte", "hellaswag"), data_dir=data))
     out = tmp_path / "many.json"
     line = ["--ckpt", folder, "--data-dir", data, "--tasks", "rte", "hellaswag", "--mesh", "data=2,model=2"]
-    done = subprocess.run(
-        [sys.executable, "-m", "barber_jax.eval.zero_shot", *map(str, line), "--json", str(out)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
-    )
+    done = command("eval.zero_shot", *line, "--json", out, devices=4)
     assert done.returncode == 0, done.stderr
     assert json.loads(out.read_text())["tasks"] == one["tasks"]
 
