@@ -14,16 +14,19 @@ class Stream:
     Args:
         chunks: arrays on the device, [m, B, L, D] each; taken one at a time.
         offload: keep them in host memory.
+
+    Attributes:
+        offloaded: the same.
     """
 
     def __init__(self, chunks: Iterable[jax.Array], offload: bool):
-        self._offload = offload
+        self.offloaded = offload
         self._chunks: list[jax.Array] = []
         for chunk in chunks:
             self._chunks.append(self._keep(chunk))
 
     def _keep(self, chunk: jax.Array) -> jax.Array:
-        if not self._offload:
+        if not self.offloaded:
             return chunk
         # Waited for: what is dispatched ahead holds its device memory already.
         return jax.block_until_ready(jax.device_put(chunk, chunk.sharding.with_memory_kind("pinned_host")))
@@ -33,13 +36,40 @@ class Stream:
         for chunk in self._chunks:
             yield self._bring(chunk)
 
+    def __len__(self) -> int:
+        """How many chunks there are."""
+        return len(self._chunks)
+
+    @classmethod
+    def joined(cls, streams: Iterable["Stream"]) -> "Stream":
+        """The chunks of streams that are kept alike, as one that shares them."""
+        streams = list(streams)
+        joined = cls((), streams[0].offloaded)
+        joined._chunks = [chunk for stream in streams for chunk in stream._chunks]
+        return joined
+
+    @property
+    def micro_batch(self) -> int:
+        """B."""
+        return self._chunks[0].shape[1]
+
+    def at(self, index: int) -> jax.Array:
+        """One chunk, on the device."""
+        return self._bring(self._chunks[index])
+
+    def part(self, chosen: slice) -> "Stream":
+        """Some of the chunks, as a stream that shares them."""
+        part = Stream((), self.offloaded)
+        part._chunks = self._chunks[chosen]
+        return part
+
     def take(self) -> Iterator[jax.Array]:
         """The chunks, on the device, each given up: what takes one may overwrite it."""
         while self._chunks:
             yield self._bring(self._chunks.pop(0))
 
     def _bring(self, chunk: jax.Array) -> jax.Array:
-        if not self._offload:
+        if not self.offloaded:
             return chunk
         return jax.device_put(chunk, chunk.sharding.with_memory_kind("device"))
 

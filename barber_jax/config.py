@@ -11,17 +11,25 @@ import tyro
 from barber_jax.convert.formats import Format
 from barber_jax.errors import BarberError
 
-Method = Literal["magnitude", "wanda", "sparsegpt"]
+Method = Literal["magnitude", "wanda", "sparsegpt", "wanda++"]
+Allocation = Literal["uniform", "owl"]
 Granularity = Literal["block", "layer", "output1", "input1"]
 Metric = Literal["wd", "w", "d"]
 ComputeDtype = Literal["float32", "bfloat16"]
+TokenWeighting = Literal["none", "norm"]
+Target = Literal["same", "dense"]
+Trained = Literal["weights", "all"]
 
 PUBLISHED: dict[str, tuple[Granularity, float]] = {
     "magnitude": ("block", 0.1),
     "wanda": ("output1", 0.01),
     "sparsegpt": ("layer", 0.1),
+    "wanda++": ("output1", 0.01),
 }
-"""Starting criterion -> granularity and alpha as published (arXiv 2408.10631, table of settings)."""
+"""Starting criterion -> granularity and alpha as published (arXiv 2408.10631, table of settings; wanda++, which is not
+there, as wanda)."""
+OWL_LAMBDA, OWL_M = 0.08, 5.0
+"""As published for LLaMA (arXiv 2310.05175)."""
 
 
 @dataclass(frozen=True)
@@ -110,19 +118,47 @@ class PruneConfig:
     pattern: str | None = None
     """'unstructured', or N:M to keep N of every M consecutive inputs, such as 2:4. Default: that of --masks, else
     unstructured."""
+    allocate: Allocation = "uniform"
+    """How sparsity is spread over blocks: uniform, or owl = less where the dense model has more outliers, about
+    --sparsity +- --owl-lambda. Costs one forward of the dense model."""
+    owl_lambda: float | None = None
+    """How far from --sparsity a block's may lie, about, with --allocate owl. Default 0.08."""
+    owl_m: float | None = None
+    """How many times the mean of its block a weight's score must be to count as an outlier, with --allocate owl.
+    Default 5."""
     rebuild: bool = True
     """Rebuild the starting mask; without it the starting mask is the result."""
     granularity: Granularity | None = None
-    """Group in which weights compete during the rebuild. Default as published: wanda (and given masks) output1,
-    magnitude block, sparsegpt layer."""
-    alpha: float | None = None
-    """Fraction of the mask outliers to swap, in [0, 1]. Default as published: wanda (and given masks) 0.01, magnitude
-    and sparsegpt 0.1."""
+    """Group in which weights compete during the rebuild. Default as published: wanda, wanda++ (and given masks)
+    output1, magnitude block, sparsegpt layer."""
+    alpha: float | Literal["auto"] | None = None
+    """Fraction of the mask outliers to swap, in [0, 1], or 'auto': for each sub-block what lowers its loss on samples
+    held apart most. Default as published: wanda (and given masks) 0.01, magnitude and sparsegpt 0.1."""
     metric: Metric = "wd"
     """Rebuild score: wd = |weight| x gradient (the paper's), w = |weight|, d = gradient."""
     retain_reconstruction: bool = False
     """Keep the starting weights that sparsegpt (or --sparse-ckpt) updated through the rebuild, instead of going back to
     the dense ones."""
+    token_weighting: TokenWeighting = "none"
+    """How tokens count in the reconstruction loss: none = alike (the paper's), norm = divided by what the next norm
+    divides the token by, so that a few tokens with massive activations do not rule it."""
+    refine: int = 0
+    """At most so many swaps in every output by their exact gain in layer-wise error, after the rebuild; 0 = none."""
+    solve: int = 0
+    """Iterations of layer-wise least squares for the surviving weights of each matrix; 0 = none."""
+    reconstruct: int = 0
+    """Train the weights that survive in each sub-block for so many steps to give the dense outputs; 0 = none."""
+    target: Target = "dense"
+    """What --solve and --reconstruct aim at and choices are judged by: dense = the residual stream of the dense model,
+    same = the dense sub-block's output on the pruned model's inputs."""
+    reconstruct_rate: float = 0.01
+    """Learning rate of reconstruction, as a fraction of the root mean square of each matrix's weights."""
+    reconstruct_batch: int = 2
+    """Samples in a step of reconstruction."""
+    reconstruct_scope: Trained = "weights"
+    """What reconstruction trains: weights = the surviving weights, all = the sub-block's biases and norms too."""
+    rounds: int = 1
+    """How often rebuild, refinement and reconstruction of a sub-block alternate."""
     calibration: str = "c4"
     """c4, wikitext2, ptb, a .txt/.jsonl/.parquet/.arrow file, a saved dataset folder, or .npy token ids."""
     text_field: str = "text"
@@ -179,24 +215,36 @@ class PruneConfig:
             object.__setattr__(self, "granularity", "output1" if self.sparsity_pattern.structured else granularity)
         if self.alpha is None:
             object.__setattr__(self, "alpha", alpha)
-        if not 0 <= self.alpha <= 1:
+        if self.alpha != "auto" and not 0 <= self.alpha <= 1:
             raise BarberError(f"--alpha {self.alpha:g} is outside [0, 1]")
         if self.rebuild and self.sparsity_pattern.structured and self.granularity != "output1":
             raise BarberError(
                 f"--granularity {self.granularity}: N:M patterns are rebuilt within an output; use output1"
             )
+        self._settle_allocation()
         parse_mesh(self.mesh)
         self._check_processes()
-        for option in ("samples", "length", "batch", "eval_windows"):
-            value = getattr(self, option)
-            if value is not None and value < 1:
-                raise BarberError(f"--{option.replace('_', '-')} {value} must be at least 1")
+        for option in ("samples", "length", "batch", "eval_windows", "reconstruct_batch", "rounds"):
+            self._require_least(option, 1)
+        for option in ("refine", "solve", "reconstruct"):
+            self._require_least(option, 0)
+        if not 0 < self.reconstruct_rate <= 1:
+            raise BarberError(f"--reconstruct-rate {self.reconstruct_rate:g} is outside (0, 1]")
+        if self.chooses and self.samples < 2:
+            raise BarberError(
+                "--samples 1: --alpha auto, --refine, --solve and --reconstruct hold samples apart; use at least 2"
+            )
         if self.length < 2:
             raise BarberError("--length 1 leaves no next token; use at least 2")
         if self.eval_text and self.eval_dataset:
             raise BarberError("--eval-text and --eval-dataset: give one of them")
         if self.eval_windows is not None and not (self.eval_text or self.eval_dataset):
             raise BarberError("--eval-windows needs --eval-text or --eval-dataset")
+
+    def _require_least(self, option: str, least: int) -> None:
+        value = getattr(self, option)
+        if value is not None and value < least:
+            raise BarberError(f"--{option.replace('_', '-')} {value} must be at least {least}")
 
     def _settle_start(self) -> None:
         """Either --method (wanda unless said) gives the starting mask, or --masks, or --sparse-ckpt."""
@@ -210,6 +258,29 @@ class PruneConfig:
         if self.retain_reconstruction and not (self.method == "sparsegpt" or self.sparse_ckpt):
             raise BarberError("--retain-reconstruction needs updated weights: --method sparsegpt or --sparse-ckpt")
 
+    def _settle_allocation(self) -> None:
+        """The two options of OWL are there where OWL is, and only there."""
+        options = {"owl_lambda": OWL_LAMBDA, "owl_m": OWL_M}
+        if self.allocate == "uniform":
+            for option in options:
+                if getattr(self, option) is not None:
+                    flag = f"--{option.replace('_', '-')}"
+                    raise BarberError(f"{flag} {getattr(self, option):g} needs --allocate owl")
+            return
+        if self.method is None:
+            given = "--masks" if self.masks else "--sparse-ckpt"
+            raise BarberError(f"--allocate owl conflicts with {given}, which fixes every block's sparsity")
+        if self.sparsity_pattern.structured:
+            pattern = self.sparsity_pattern
+            raise BarberError(f"--allocate owl conflicts with --pattern {pattern}, which fixes every block's sparsity")
+        for option, value in options.items():
+            if getattr(self, option) is None:
+                object.__setattr__(self, option, value)
+        if not 0 < self.owl_lambda <= 0.5:  # NaN fails this too
+            raise BarberError(f"--owl-lambda {self.owl_lambda:g} is outside (0, 0.5]")
+        if not 0 < self.owl_m < math.inf:
+            raise BarberError(f"--owl-m {self.owl_m:g} must be a finite number above 0")
+
     def _check_processes(self) -> None:
         by_hand = (self.coordinator, self.processes, self.process)
         if all(option is None for option in by_hand):
@@ -220,6 +291,21 @@ class PruneConfig:
             raise BarberError(f"--coordinator {self.coordinator!r} is not host:port")
         if not 0 <= self.process < self.processes:
             raise BarberError(f"--process {self.process} is not one of the {self.processes} --processes, from 0 on")
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is done after the starting masks."""
+        return bool(self.rebuild or self.refine or self.solve or self.reconstruct)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether something is chosen by its loss on samples held apart."""
+        return bool(self.refine or self.solve or self.reconstruct or (self.rebuild and self.alpha == "auto"))
+
+    @property
+    def follows_dense(self) -> bool:
+        """Whether the dense model's activations are needed."""
+        return self.chooses and self.target == "dense"
 
     @property
     def sparsity_pattern(self) -> SparsityPattern:

@@ -94,7 +94,7 @@ def _flat_indices(arrays: Arrays) -> Arrays:
     return out
 
 
-def keep_highest(scores: jax.Array, prune: int, axes: tuple[int, ...]) -> jax.Array:
+def keep_highest(scores: jax.Array, prune: int | jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Mask that prunes exactly the `prune` lowest scores of every group.
 
     Args:
@@ -109,18 +109,18 @@ def keep_highest(scores: jax.Array, prune: int, axes: tuple[int, ...]) -> jax.Ar
     return ~_lowest(keys, jnp.full_like(_count(keys, axes), prune), axes)[0]
 
 
-def lowest_through(scores: jax.Array, index: int) -> jax.Array:
-    """Flags for every score at or below the value at `index` of the ascending scores of the whole array.
+def lowest_through(scores: jax.Array, count: int | jax.Array) -> jax.Array:
+    """Flags for the `count` lowest scores of the whole array and for those that tie with the highest of them.
 
     Args:
         scores: non-negative float32, two axes.
-        index: in [0, size).
+        count: in [0, size]; 0 flags nothing.
 
     Returns:
-        bool of the same shape, at least index + 1 flags set.
+        bool of the same shape.
     """
     keys, axes = _keys(scores), AXES["layer"]
-    return keys <= _threshold([keys], jnp.full((1, 1), index + 1), axes)
+    return (keys <= _threshold([keys], jnp.full((1, 1), count), axes)) & (count > 0)
 
 
 def _rank(keys: jax.Array, among: jax.Array) -> jax.Array:

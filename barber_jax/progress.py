@@ -2,6 +2,9 @@
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -65,6 +68,23 @@ class Progress:
             finished = record["block"] + 1
             left = (self._spoke - self._start) / finished * (self._blocks - finished)
             self.say(f"{finished} of {self._blocks} blocks done, about {left:.0f} s left; {lines[-1]}")
+
+
+@dataclass
+class Stopwatch:
+    """Seconds spent in each stage of one block."""
+
+    progress: Progress
+    block: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage; what it computes must be ready when it ends."""
+        self.progress.stage(self.block, name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 def _loss(sub: dict) -> str:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from barber_jax import interrupt, passes
+from barber_jax import allocation, interrupt, passes
 from barber_jax.calibration import load_calibration
 from barber_jax.command import parse, set_compilation_cache, set_precision
 from barber_jax.config import PruneConfig, parse_mesh
@@ -47,6 +47,13 @@ def check(config: PruneConfig, checkpoint: Checkpoint, model: Model, devices: De
     for name in model.kernel_names(0).values():
         config.sparsity_pattern.check_inputs(checkpoint.shape(name)[1], name)
     devices.check(model.block(), config.samples)
+    data = devices.shape[0]
+    if config.chooses and config.samples < 2 * data:
+        raise BarberError(f"--samples {config.samples}: samples are held apart; --mesh data={data} needs {2 * data}")
+    if config.reconstruct and config.reconstruct_batch % data:
+        raise BarberError(
+            f"--mesh data={data}: {data} does not divide the {config.reconstruct_batch} samples of --reconstruct-batch"
+        )
 
 
 def headline(config: PruneConfig, checkpoint: Checkpoint, model: Model, devices: Devices) -> str:
@@ -81,7 +88,8 @@ def prune(config: PruneConfig) -> dict:
         check(config, checkpoint, model, devices)
         start, config, sparsity = open_start(config, checkpoint, model, devices, progress)
         config = dataclasses.replace(config, batch=config.batch or passes.default_batch(config.length))
-        ids = calibration(config, checkpoint, model) if start.needs_stream or config.rebuild else None
+        owl, allotted = config.allocate == "owl", None
+        ids = calibration(config, checkpoint, model) if start.needs_stream or config.changes or owl else None
         windows = evaluation_windows(config, checkpoint, model)
         identity = run_identity(config, checkpoint, ids)
         require_agreement("options or files", identity)
@@ -95,26 +103,33 @@ def prune(config: PruneConfig) -> dict:
                 stack.enter_context(writer)
                 state = stack.enter_context(open_state(config, identity, model.layers, progress))
             progress.say(headline(config, checkpoint, model, devices))
-            blocks = []
+            blocks, written = [], set()
             with devices.context():
+                if owl:
+                    allotted = allocation.sparsities(config, checkpoint, model, ids, devices, progress)
+                    start.sparsities = allotted
                 pruning = Pruning(checkpoint, model, ids, start, config, progress, devices, History(state))
                 for result in pruning:
                     if writer:
-                        for name, mask in result.masks.items():
-                            writer.write_pruned(name, result.weights[name], mask)
+                        for name, weight in result.weights.items():
+                            if name not in result.masks:
+                                writer.write(name, weight)
+                                continue
+                            writer.write_pruned(name, weight, result.masks[name])
                             if config.save_start:
                                 writer.write_start_mask(name, result.start_masks[name])
+                        written |= result.weights.keys()
                     blocks.append(result.record)
                     progress.done(result.record)
                     interrupt.check()
             quality = None
             if writer:
-                writer.finish(set(model.pruned_names()))
+                writer.finish(written)
                 if windows is not None:
                     source = str(config.eval_text or config.eval_dataset)
                     quality = {"source": source, **perplexity(HFFolder(writer.folder), model, windows, config.batch)}
             seconds = time.perf_counter() - began
-            record = run_record(config, sparsity, model, devices.used, blocks, seconds, quality)
+            record = run_record(config, sparsity, model, devices.used, blocks, seconds, quality, allotted)
             if writer:
                 writer.write_json(RUN, record)
                 make_report(writer.folder, config.out, progress)
@@ -178,6 +193,9 @@ def run_identity(config: PruneConfig, checkpoint: Checkpoint, ids: np.ndarray | 
     """What must be the same for a run to go on: options that matter, and hashes of what is read."""
     options = dataclasses.asdict(config)
     identity = {f"--{name.replace('_', '-')}": options[name] for name in options if name not in UNIMPORTANT}
+    if config.reconstruct:
+        # Its order of samples too comes from the seed.
+        identity["--seed"] = config.seed
     for option, given in (("--ckpt", checkpoint), ("--sparse-ckpt", config.sparse_ckpt)):
         if given:
             sources = (open_checkpoint(given) if isinstance(given, str) else given).sources()

@@ -17,15 +17,33 @@ import jax.numpy as jnp
 from jax import lax
 
 from barber_jax import masks as selection
-from barber_jax.config import SparsityPattern
+from barber_jax.config import SparsityPattern, TokenWeighting
 from barber_jax.mesh import DATA, constrain, constrain_kernels, groups, kernel_axes, mask_axes
-from barber_jax.models.decoder import BlockDefinition, SubBlock
+from barber_jax.models.decoder import Block, BlockDefinition, SubBlock
 from barber_jax.passes import Parameters, sparsify
 
+LEAST_SPREAD = 1e-6
+"""Added to a token's spread, as a norm adds its epsilon, so that a token of zeros has a finite weight."""
 
-def _error(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Mean squared difference, float32."""
-    return jnp.mean(jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32)))
+
+def token_weights(block: Block, hidden: jax.Array, y: jax.Array, weighting: TokenWeighting) -> jax.Array | None:
+    """What a token's squared errors are multiplied by: float32 [S, L], or None where all tokens count alike.
+
+    `norm` divides by the spread of the token's residual sum hidden + y ([S, L, D] each), which is what the next norm
+    does to it. Nothing is differentiated through it.
+    """
+    if weighting == "none":
+        return None
+    residual = lax.stop_gradient(hidden.astype(jnp.float32) + y.astype(jnp.float32))
+    return 1.0 / (block.spread(residual) + LEAST_SPREAD)
+
+
+def error(block: Block, hidden: jax.Array, a: jax.Array, b: jax.Array, weighting: TokenWeighting) -> jax.Array:
+    """Mean squared difference of a sub-block's outputs a and b, [S, L, D] each, float32; tokens weighted by
+    `token_weights` of b, which is added to the residual stream `hidden` [S, L, D]."""
+    squares = jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32))
+    weights = token_weights(block, hidden, b, weighting)
+    return jnp.mean(squares if weights is None else squares * weights[..., None])
 
 
 @dataclass
@@ -56,7 +74,7 @@ def no_totals(definition: BlockDefinition, sub: SubBlock) -> Totals:
     return Totals(_constrain(sub, squares), constrain(jnp.zeros(groups(), jnp.float32), DATA))
 
 
-@partial(jax.jit, static_argnames=("definition", "sub"), donate_argnames="totals")
+@partial(jax.jit, static_argnames=("definition", "sub", "weighting"), donate_argnames="totals")
 def accumulate(
     definition: BlockDefinition,
     sub: SubBlock,
@@ -65,15 +83,18 @@ def accumulate(
     masks: dict[str, jax.Array],
     stream: jax.Array,
     totals: Totals,
+    weighting: TokenWeighting = "none",
 ) -> tuple[Totals, jax.Array]:
     """Gradients and losses of the samples of a chunk of the stream, before the swap.
 
     Args:
         parameters: of the block, this sub-block's kernels dense.
-        start: kernel path -> starting weights [in, out] where the criterion updated them.
+        start: path -> starting weights where they are not the dense ones: kernels [in, out], and what was trained of
+            the sub-block besides.
         masks: kernel path -> bool [out, in] starting mask.
         stream: [M, B, L, D] hidden state that enters the sub-block.
         totals: of the samples before. Consumed.
+        weighting: of tokens, see `error`.
 
     Returns:
         totals: with these samples added.
@@ -82,16 +103,17 @@ def accumulate(
     kernels = {path: parameters[path].astype(jnp.float32) for path in sub.kernels}
     sparse = sparsify({**kernels, **start}, masks)
 
-    def outcome(kernels: Parameters, x: jax.Array) -> jax.Array:
-        return definition.bind({**parameters, **kernels}).apply(sub.name, x)
+    def outcome(weights: Parameters, hidden: jax.Array) -> jax.Array:
+        block = definition.bind({**parameters, **weights})
+        return block.apply(sub.name, block.enter(sub.name, hidden))
 
     def sample(hidden: jax.Array) -> tuple[tuple[jax.Array, jax.Array], Parameters]:
-        x = definition.bind(parameters).enter(sub.name, hidden[None])
-        target = outcome(sparse, x)
+        target = outcome(sparse, hidden[None])
 
         def loss(kernels):
-            dense = outcome(kernels, x)
-            return _error(dense, target), dense[0]
+            dense = outcome(kernels, hidden[None])
+            # The two are symmetric; the weight is of the dense outcome, which does not change with the masks.
+            return error(definition.bind(parameters), hidden[None], target, dense, weighting), dense[0]
 
         return jax.value_and_grad(loss, has_aux=True)(kernels)
 
@@ -161,7 +183,7 @@ def swap_masks(
     *,
     granularity: str,
     pattern: SparsityPattern,
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+) -> dict[str, jax.Array]:
     """The rebuilt masks of a sub-block.
 
     Args:
@@ -170,7 +192,7 @@ def swap_masks(
         alpha: fraction of outlier pairs to swap.
 
     Returns:
-        new masks, and for each the number of revived weights.
+        kernel path -> bool [out, in].
     """
     order = sub.kernels  # not the dictionaries' order: jit sorts their keys
     values, old = [scores[path] for path in order], [masks[path] for path in order]
@@ -179,16 +201,19 @@ def swap_masks(
         new = [selection.swap_n_of_m(s, m, alpha, pattern.keep, pattern.of) for s, m in pairs]
     else:
         new = selection.swap(values, old, alpha, granularity)
-    return _settled(sub, dict(zip(order, new, strict=True)), masks)
+    return settled(sub, dict(zip(order, new, strict=True)))
 
 
 @partial(jax.jit, static_argnames="sub")
-def _settled(
-    sub: SubBlock, new: dict[str, jax.Array], old: dict[str, jax.Array]
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """New masks where masks lie, and how many weights each revives."""
-    new = {path: constrain(new[path], *mask_axes(sub, path)) for path in sub.kernels}
-    return new, {path: constrain(jnp.sum(new[path] & ~old[path], dtype=jnp.int32)) for path in sub.kernels}
+def settled(sub: SubBlock, masks: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Masks where masks lie."""
+    return {path: constrain(masks[path], *mask_axes(sub, path)) for path in sub.kernels}
+
+
+@partial(jax.jit, static_argnames="sub")
+def revived(sub: SubBlock, new: dict[str, jax.Array], old: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """How many weights that the old masks prune the new ones keep: kernel path -> int32."""
+    return {path: constrain(jnp.sum(new[path] & ~old[path], dtype=jnp.int32)) for path in sub.kernels}
 
 
 OUTLIERS, BINS = 100, 16
@@ -224,7 +249,7 @@ def outlier_maps(
     return {path: maps(path) for path in sub.kernels}
 
 
-@partial(jax.jit, static_argnames=("definition", "sub"), donate_argnames="stream")
+@partial(jax.jit, static_argnames=("definition", "sub", "weighting"), donate_argnames="stream")
 def advance(
     definition: BlockDefinition,
     sub: SubBlock,
@@ -232,6 +257,7 @@ def advance(
     masks: dict[str, jax.Array],
     dense: jax.Array,
     stream: jax.Array,
+    weighting: TokenWeighting = "none",
 ) -> tuple[jax.Array, jax.Array]:
     """Take the stream through a rebuilt sub-block. Consumes `stream`.
 
@@ -248,7 +274,7 @@ def advance(
     def micro_batch(total, pair):
         hidden, target = constrain(pair[0], DATA), pair[1]
         y = block.apply(sub.name, block.enter(sub.name, hidden))
-        return total + _error(y, target), constrain(block.leave(sub.name, hidden, y), DATA)
+        return total + error(block, hidden, y, target, weighting), constrain(block.leave(sub.name, hidden, y), DATA)
 
     total, stream = lax.scan(micro_batch, jnp.float32(0), (stream, dense))
     return constrain(stream, None, DATA), constrain(total)

@@ -123,8 +123,9 @@ def run_record(
     blocks: list[dict],
     seconds: float,
     perplexity: dict | None,
+    allocation: list[float] | None = None,
 ) -> dict:
-    """The content of run.json."""
+    """The content of run.json; `allocation` is the fraction to prune in each block where it is not the same in all."""
     options = {
         key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(config).items()
     }
@@ -139,7 +140,7 @@ def run_record(
         "totals": {**totals(blocks), "seconds": seconds},
         "peak_memory": peak_memory(),
     }
-    extra = {"perplexity": perplexity, "started_from": provenance(config)}
+    extra = {"perplexity": perplexity, "started_from": provenance(config), "allocation": allocation}
     return record | {key: value for key, value in extra.items() if value}
 
 

@@ -83,6 +83,9 @@ def sentence(record: dict) -> str:
     words = [
         f"{options['ckpt']} ({model['model_type']}, {model['blocks']} blocks of {model['hidden']}), start: {source}"
     ]
+    if "allocation" in record:
+        least, most = min(record["allocation"]), max(record["allocation"])
+        words.append(f"sparsity by OWL, {least:.1%} to {most:.1%} of a block")
     if options["rebuild"]:
         words.append(f"rebuilt by {options['granularity']} with alpha {options['alpha']:g}, metric {options['metric']}")
     else:

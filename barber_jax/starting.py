@@ -1,6 +1,6 @@
 """Where the starting masks come from: a criterion, somebody's mask file, or the zeros of a pruned checkpoint."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from barber_jax import passes
+from barber_jax import block_gradient, passes
 from barber_jax.activations import Stream
 from barber_jax.config import SparsityPattern
 from barber_jax.convert.checkpoint import Checkpoint
 from barber_jax.convert.mask_file import Masks
 from barber_jax.convert.parameters import to_flax
-from barber_jax.criteria.criterion import Criterion
+from barber_jax.criteria.criterion import Criterion, Quota
 from barber_jax.errors import BarberError
 from barber_jax.mesh import Devices, constrain, kernel_axes
 from barber_jax.models.family import Model
@@ -45,9 +45,10 @@ def _start_matrix(
     prepared: Any,
     samples: int,
     pattern: SparsityPattern,
+    quota: Quota,
 ) -> tuple[jax.Array, jax.Array | None]:
     """`Criterion.start` for a kernel that is spread over mesh axes `axes`."""
-    mask, updated = criterion.start(kernel.astype(jnp.float32), prepared, samples, pattern)
+    mask, updated = criterion.start(kernel.astype(jnp.float32), prepared, samples, pattern, quota)
     if updated is not None:
         # Rounded at once to what will be written, so that the streams carry the very weights of the result.
         updated = constrain(updated.astype(kernel.dtype), *axes)
@@ -55,7 +56,12 @@ def _start_matrix(
 
 
 class CriterionStart:
-    """Starting masks by a criterion, from a forward of the still dense block on stream A."""
+    """Starting masks by a criterion, from a forward (and a backward, if it asks for a gradient) of the still dense
+    block on stream A.
+
+    Attributes:
+        sparsities: the fraction to prune in each block; at first the pattern's in all.
+    """
 
     def __init__(
         self, criterion: Criterion, model: Model, samples: int, pattern: SparsityPattern, say: Callable[[str], None]
@@ -63,26 +69,52 @@ class CriterionStart:
         self._criterion, self._model, self._samples, self._pattern = criterion, model, samples, pattern
         self._say, self._block = say, model.block()
         self.needs_stream = criterion.statistic is not None
+        self.sparsities: Sequence[float] = [pattern.sparsity] * model.layers
 
     def __call__(self, index: int, dense: Parameters, stream: Stream | None) -> tuple[BlockMasks, Parameters]:
-        criterion, seen = self._criterion, {}
-        for chunk in stream or ():
-            more = passes.statistics(self._block, criterion.statistic, dense, chunk)
-            seen = jax.tree.map(jnp.add, seen, more) if seen else more
-        if criterion.prepare:
-            where = f"block {index}, "
-            seen = {n: criterion.prepare(s, self._samples, where + n, self._say) for n, s in seen.items()}
+        prepared = self._prepared(index, dense, stream)
         masks, weights = {}, {}
         for sub in self._model.sub_blocks:
-            for linear, entering in sub.linears:
-                path = f"{linear}.kernel"
-                axes = kernel_axes(sub, path)
+            for path in sub.kernels:
                 masks[path], updated = _start_matrix(
-                    criterion, axes, dense[path], seen.get(entering), self._samples, self._pattern
+                    self._criterion,
+                    kernel_axes(sub, path),
+                    dense[path],
+                    prepared.get(path),
+                    self._samples,
+                    self._pattern,
+                    self._quota(index, dense[path].shape),
                 )
                 if updated is not None:
                     weights[path] = updated
         return masks, weights
+
+    def _prepared(self, index: int, dense: Parameters, stream: Stream | None) -> dict[str, Any]:
+        """Kernel path -> what the criterion knows of its input, and of its gradient; {} when it looks at neither."""
+        criterion, seen = self._criterion, {}
+        squares = block_gradient.no_squares(self._block) if criterion.loss else {}
+        for chunk in stream or ():
+            more = passes.statistics(self._block, criterion.statistic, dense, chunk)
+            seen = jax.tree.map(jnp.add, seen, more) if seen else more
+            if criterion.loss:
+                squares = block_gradient.accumulate(self._block, criterion.loss, dense, chunk, squares)
+        if criterion.prepare:
+            where = f"block {index}, "
+            seen = {n: criterion.prepare(s, self._samples, where + n, self._say) for n, s in seen.items()}
+        linears = [pair for sub in self._model.sub_blocks for pair in sub.linears]
+        prepared = {f"{linear}.kernel": seen.get(entering) for linear, entering in linears}
+        if not criterion.loss:
+            return prepared
+        gradient = block_gradient.root_mean(self._block, squares, jnp.float32(self._samples))
+        return {path: (known, gradient[path]) for path, known in prepared.items()}
+
+    def _quota(self, index: int, shape: tuple[int, ...]) -> Quota:
+        """How many weights a kernel [in, out] of a block loses."""
+        if self._pattern.structured:
+            return ()
+        inputs, outputs = shape
+        # As int32 arrays: a Python integer is traced too, but as of no particular type.
+        return tuple(np.int32(count) for count in self._criterion.quota((outputs, inputs), self.sparsities[index]))
 
 
 class MaskFileStart:

@@ -5,28 +5,25 @@ starting masks alone and gives each block its starting mask; stream B is the mod
 The result is that of pruning the whole model first and rebuilding it afterwards, with each block read once.
 """
 
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from barber_jax import passes, rebuild
+from barber_jax import passes
 from barber_jax.activations import Stream
 from barber_jax.config import PruneConfig
 from barber_jax.convert.checkpoint import Checkpoint
 from barber_jax.convert.parameters import read_parameters, to_hf
 from barber_jax.history import Commit, History
 from barber_jax.mesh import DATA, Devices
-from barber_jax.models.decoder import SubBlock
 from barber_jax.models.family import Model
 from barber_jax.passes import Parameters
-from barber_jax.progress import Progress
+from barber_jax.progress import Progress, Stopwatch
 from barber_jax.report import written_maps
+from barber_jax.stages import Stages, Streams, samples_apart
 from barber_jax.starting import BlockMasks, Start
 
 
@@ -36,7 +33,8 @@ class BlockResult:
 
     Attributes:
         masks: Hugging Face weight name -> bool [out, in], True = kept.
-        weights: Hugging Face weight name -> array [out, in] in its dtype: its own, or a criterion's update.
+        weights: Hugging Face name -> tensor in its dtype, for every pruned weight ([out, in]) its own, a criterion's
+            update or a trained one, and for whatever else was trained.
         start_masks: the same as `masks`, of the start.
         record: the block's entry in run.json.
     """
@@ -45,23 +43,6 @@ class BlockResult:
     weights: dict[str, np.ndarray]
     start_masks: dict[str, np.ndarray]
     record: dict
-
-
-@dataclass
-class Stopwatch:
-    """Seconds spent in each stage of one block."""
-
-    progress: Progress
-    block: int
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time a stage; what it computes must be ready when it ends."""
-        self.progress.stage(self.block, name)
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 @dataclass
@@ -93,10 +74,13 @@ class Pruning:
     def __post_init__(self):
         self._block = self.model.block()
         self._shapes = dict(self._block.shapes)
+        self._apart = samples_apart(self.config, self.devices.shape[0])
+        learned = self.config.samples - self._apart
+        self._stages = Stages(self._block, self.config, learned, self.devices.shape[0])
         self._names = [self.model.kernel_names(index) for index in range(self.model.layers)]
 
     def __iter__(self) -> Iterator[BlockResult]:
-        stream_a, stream_b = self._streams()
+        streams = self._streams()
         with ThreadPoolExecutor(1) as reader:
             ahead = reader.submit(self._read, 0)
             for index in range(self.model.layers):
@@ -108,62 +92,67 @@ class Pruning:
                     dense = self.devices.block(self.model.sub_blocks, tensors)
                 if index < self.history.finished:
                     commit = self.history.load(index, self._shapes)
-                    stream_a, stream_b = self._replay(index, dense, commit, stream_a, stream_b, watch)
+                    self._replay(index, dense, commit, streams, watch)
                 else:
-                    commit, stream_a, stream_b = self._prune(index, dense, stream_a, stream_b, watch)
+                    commit = self._prune(index, dense, streams, watch)
                 yield self._result(index, tensors, commit)
 
-    def _streams(self) -> tuple[Stream | None, Stream | None]:
-        """Streams A and B at the embeddings' output; None for one that the run does not need."""
-        if not (self.start.needs_stream or self.config.rebuild):
-            return None, None
+    def _streams(self) -> Streams:
+        """The streams that the run needs, at the embeddings' output."""
+        config = self.config
+        if not (self.start.needs_stream or config.changes):
+            return Streams()
         read = read_parameters(self.checkpoint, self.model.names.embed)
         parameters = {path: self.devices.put(value) for path, value in read.items()}
-        ids = passes.micro_batches(self.ids, self.config.batch, self.devices.shape[0])
+        ids = passes.micro_batches(self.ids, config.batch, self.devices.shape[0], self._apart)
         # Offloaded micro-batches are embedded one by one: all at once would have to fit on the device.
-        chunks = np.split(ids, len(ids)) if self.config.offload_activations else [ids]
+        apart = self._apart // ids.shape[1]
+        places = range(1, len(ids)) if config.offload_activations else [len(ids) - apart] if apart else []
+        chunks = np.split(ids, places)
 
         def stream() -> Stream:
             embedded = (
                 passes.embed(self.model.embed(), parameters, self.devices.put(chunk, None, DATA)) for chunk in chunks
             )
-            return Stream(embedded, self.config.offload_activations)
+            return Stream(embedded, config.offload_activations)
 
-        return (stream() if self.start.needs_stream else None), (stream() if self.config.rebuild else None)
+        return Streams(
+            stream() if self.start.needs_stream else None,
+            stream() if config.changes else None,
+            stream() if config.follows_dense else None,
+            apart if config.offload_activations else min(apart, 1),
+        )
 
     def _read(self, index: int) -> dict[str, np.ndarray]:
         return read_parameters(self.checkpoint, self.model.names.of_block(index))
 
-    def _prune(
-        self, index: int, dense: Parameters, stream_a: Stream | None, stream_b: Stream | None, watch: Stopwatch
-    ) -> tuple[Commit, Stream | None, Stream | None]:
-        """What came of the block, committed, and both streams after it."""
+    def _prune(self, index: int, dense: Parameters, streams: Streams, watch: Stopwatch) -> Commit:
+        """What came of the block, committed; the streams are after it then."""
         with watch.stage("start"):
-            start_masks, start_weights = jax.block_until_ready(self.start(index, dense, stream_a))
-        stream_a = self._propagate(index, {**dense, **start_weights}, start_masks, stream_a, watch)
-        masks, weights, subs = start_masks, start_weights, []
-        if stream_b is not None:
-            masks, weights, stream_b, subs = self._rebuild(dense, start_masks, start_weights, stream_b, watch)
+            start_masks, start_weights = jax.block_until_ready(self.start(index, dense, streams.start))
+        self._propagate(index, {**dense, **start_weights}, start_masks, streams, watch)
+        masks, weights, records = start_masks, start_weights, []
+        if streams.rebuilt is not None:
+            masks, weights = {}, {}
+            for sub in self.model.sub_blocks:
+                own = {path: start_masks[path] for path in sub.kernels}
+                start = {path: start_weights[path] for path in sub.kernels if path in start_weights}
+                work = self._stages(sub, dense, start, own, streams, watch)
+                masks |= work.masks
+                weights |= work.updated
+                records.append(work.record)
         with watch.stage("commit"):
             asked = self.start.needs_stream or self.config.save_start
-            seen = (start_masks, start_weights) if asked and self.config.rebuild else ({}, {})
+            seen = (start_masks, start_weights) if asked and self.config.changes else ({}, {})
             commit = Commit(*self.devices.fetch((masks, weights, *seen)), record={})
-            commit.record = self._record(index, commit.masks, subs, watch)
+            commit.record = self._record(index, commit.masks, records, watch)
             self.history.commit(index, commit)
         # What is kept cannot hold how long keeping it took.
         commit.record["seconds"] = dict(watch.seconds)
-        return commit, stream_a, stream_b
+        return commit
 
-    def _replay(
-        self,
-        index: int,
-        dense: Parameters,
-        commit: Commit,
-        stream_a: Stream | None,
-        stream_b: Stream | None,
-        watch: Stopwatch,
-    ) -> tuple[Stream | None, Stream | None]:
-        """Both streams after a block that was finished earlier."""
+    def _replay(self, index: int, dense: Parameters, commit: Commit, streams: Streams, watch: Stopwatch) -> None:
+        """Take the streams through a block that was finished earlier."""
         sub_blocks = self.model.sub_blocks
         masks = self.devices.masks(sub_blocks, commit.masks)
         weights = {**dense, **self.devices.block(sub_blocks, commit.weights)}
@@ -171,88 +160,29 @@ class Pruning:
         if commit.start_masks:
             start_masks = self.devices.masks(sub_blocks, commit.start_masks)
             start_weights = {**dense, **self.devices.block(sub_blocks, commit.start_weights)}
-        stream_a = self._propagate(index, start_weights, start_masks, stream_a, watch)
-        if stream_b is not None:
-            for sub in sub_blocks:
-                with watch.stage(f"{sub.name} propagate"):
-                    stream_b, _ = self._advance(sub, weights, masks, None, stream_b)
-        return stream_a, stream_b
+        self._propagate(index, start_weights, start_masks, streams, watch)
+        if streams.rebuilt is None:
+            return
+        for sub in sub_blocks:
+            if streams.dense is not None:
+                with watch.stage(f"{sub.name} target"):
+                    self._stages.follow(sub, dense, streams)
+            with watch.stage(f"{sub.name} propagate"):
+                self._stages.advance(sub, weights, masks, None, streams)
 
     def _propagate(
-        self, index: int, weights: Parameters, masks: BlockMasks, stream: Stream | None, watch: Stopwatch
-    ) -> Stream | None:
-        """Stream A after the block."""
-        if stream is None or index + 1 == self.model.layers:
+        self, index: int, weights: Parameters, masks: BlockMasks, streams: Streams, watch: Stopwatch
+    ) -> None:
+        """Take stream A through the block."""
+        if streams.start is None:
+            return
+        if index + 1 == self.model.layers:
             # After the last block nobody looks at it any more.
-            return None
+            streams.start = None
+            return
         with watch.stage("propagate"):
-            chunks = (passes.propagate(self._block, weights, masks, chunk) for chunk in stream.take())
-            return Stream(chunks, self.config.offload_activations).ready()
-
-    def _rebuild(
-        self, dense: Parameters, masks: BlockMasks, weights: Parameters, stream: Stream, watch: Stopwatch
-    ) -> tuple[BlockMasks, Parameters, Stream, list[dict]]:
-        """Rebuilt masks, surviving weights where they are not the dense ones, stream B after the block, records."""
-        rebuilt, survivors, records = {}, {}, []
-        for sub in self.model.sub_blocks:
-            own = {path: masks[path] for path in sub.kernels}
-            start = {path: weights[path] for path in sub.kernels if path in weights}
-            with watch.stage(f"{sub.name} gradient"):
-                importance, before, target = self._importance(sub, dense, start, own, stream)
-            with watch.stage(f"{sub.name} swap"):
-                if self.config.retain_reconstruction:
-                    survivors |= rebuild.survivors({path: dense[path] for path in start}, start, own)
-                base = {**dense, **survivors}
-                kernels = {path: base[path] for path in sub.kernels}
-                scores = rebuild.scores(sub, kernels, importance, self.config.metric)
-                del importance
-                granularity, pattern = self.config.granularity, self.config.sparsity_pattern
-                alpha = jnp.float32(self.config.alpha)
-                new, revived = rebuild.swap_masks(sub, scores, own, alpha, granularity=granularity, pattern=pattern)
-                outliers = rebuild.outlier_maps(sub, scores, own, new)
-                del scores
-                swaps = {path: int(count) for path, count in revived.items()}
-                maps = {path: np.asarray(outliers[path]) for path in sub.kernels}
-            with watch.stage(f"{sub.name} propagate"):
-                stream, after = self._advance(sub, base, new, target, stream)
-            rebuilt.update(new)
-            records.append({"loss_before": before, "loss_after": after, "swaps": swaps, "outliers": maps})
-        return rebuilt, survivors, stream, records
-
-    def _importance(
-        self, sub: SubBlock, dense: Parameters, start: Parameters, masks: BlockMasks, stream: Stream
-    ) -> tuple[Parameters, float, Stream]:
-        """Importance of every weight of a sub-block, its loss before the swap, its dense outputs."""
-        totals = rebuild.no_totals(self._block, sub)
-
-        def outputs() -> Iterator[jax.Array]:
-            nonlocal totals
-            for chunk in stream:
-                totals, out = rebuild.accumulate(self._block, sub, dense, start, masks, chunk, totals)
-                yield out
-
-        target = Stream(outputs(), self.config.offload_activations)
-        importance, loss = rebuild.importance(sub, totals, jnp.float32(len(self.ids)))
-        return jax.block_until_ready(importance), float(loss), target
-
-    def _advance(
-        self, sub: SubBlock, weights: Parameters, masks: BlockMasks, target: Stream | None, stream: Stream
-    ) -> tuple[Stream, float]:
-        """Stream B after a sub-block, and its loss against `target`. Without one the loss means nothing, but what is
-        run is the same, so that a replayed stream is so to the last bit."""
-        own = {path: masks[path] for path in sub.kernels}
-        losses = []
-
-        def outputs() -> Iterator[jax.Array]:
-            dense = iter(target.take()) if target else None
-            for chunk in stream.take():
-                wanted = next(dense) if dense else jnp.zeros_like(chunk)
-                after, loss = rebuild.advance(self._block, sub, weights, own, wanted, chunk)
-                losses.append((loss, chunk.shape[0]))
-                yield after
-
-        after = Stream(outputs(), self.config.offload_activations).ready()
-        return after, sum(float(loss) for loss, _ in losses) / sum(count for _, count in losses)
+            chunks = (passes.propagate(self._block, weights, masks, chunk) for chunk in streams.start.take())
+            streams.start = Stream(chunks, self.config.offload_activations).ready()
 
     def _record(self, index: int, masks: dict[str, np.ndarray], rebuilt: list[dict], watch: Stopwatch) -> dict:
         """The block's entry in run.json."""
@@ -263,7 +193,8 @@ class Pruning:
             swaps, outliers = entry.pop("swaps", None), entry.pop("outliers", None)
             matrices = {
                 names[path]: {"size": masks[path].size, "pruned": int(masks[path].size - np.count_nonzero(masks[path]))}
-                | ({"revived": swaps[path], "outliers_pruned": written_maps(outliers[path])} if swaps else {})
+                | ({"revived": swaps[path]} if swaps else {})
+                | ({"outliers_pruned": written_maps(outliers[path])} if outliers else {})
                 for path in sub.kernels
             }
             size = sum(matrix["size"] for matrix in matrices.values())
@@ -274,10 +205,10 @@ class Pruning:
         return {"block": index, "sub_blocks": subs, "seconds": dict(watch.seconds)}
 
     def _result(self, index: int, tensors: dict[str, np.ndarray], commit: Commit) -> BlockResult:
-        names = self._names[index]
+        names, table = self._names[index], self.model.names.of_block(index)
         return BlockResult(
             {names[path]: mask for path, mask in commit.masks.items()},
-            {names[path]: to_hf(path, commit.weights.get(path, tensors[path])) for path in names},
+            {table[path]: to_hf(path, commit.weights.get(path, tensors[path])) for path in names | commit.weights},
             {names[path]: mask for path, mask in (commit.start_masks or commit.masks).items()},
             commit.record,
         )

@@ -1,6 +1,6 @@
 """A dense forward of a whole checkpoint, one block in memory at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -19,13 +19,19 @@ def on_devices(checkpoint: Checkpoint, names: dict[str, str], devices: Devices) 
 
 
 def final_hidden(
-    checkpoint: Checkpoint, model: Model, ids: np.ndarray, devices: Devices, offload: bool = False
+    checkpoint: Checkpoint,
+    model: Model,
+    ids: np.ndarray,
+    devices: Devices,
+    offload: bool = False,
+    visit: Callable[[passes.Parameters, Stream], None] = lambda parameters, stream: None,
 ) -> Stream:
     """Hidden state after the last block.
 
     Args:
         ids: int32 [M, B, L] token ids, M micro-batches of B sequences.
         offload: keep activations in host memory, but for a micro-batch.
+        visit: called with every block's parameters and the stream that enters it, in turn.
 
     Returns:
         stream of [M, B, L, D].
@@ -37,6 +43,7 @@ def final_hidden(
     stream, block = Stream(embedded, offload), model.block()
     for index in range(model.layers):
         parameters = devices.block(model.sub_blocks, read_parameters(checkpoint, model.names.of_block(index)))
+        visit(parameters, stream)
         moved = (passes.propagate(block, parameters, {}, chunk) for chunk in stream.take())
         stream = Stream(moved, offload)
     return stream

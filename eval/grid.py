@@ -198,7 +198,7 @@ def command(setting: Setting, ckpt: str, out: Path) -> list[str]:
     if setting.start is None:
         return [*line, *arguments(setting.options)]
     given, config = dict(setting.options), setting.config
-    for option in ("method", "sparsity", "rebuild"):
+    for option in ("method", "sparsity", "rebuild", "allocate", "owl_lambda", "owl_m"):
         given.pop(option, None)
     given |= {"granularity": config.granularity, "alpha": config.alpha}
     given.pop("pattern", None)  # the mask file says it
@@ -271,6 +271,7 @@ def _check_same(folder: Path, line: list[str]) -> None:
     if wanted.method:
         # With --masks they are those of the run that made them, which is looked at itself.
         asked |= {"sparsity": wanted.sparsity_pattern.sparsity, "pattern": str(wanted.sparsity_pattern)}
+        asked |= {"owl_lambda": wanted.owl_lambda, "owl_m": wanted.owl_m}
     for name, value in asked.items():
         if found.get(name) != value:
             option = f"--{name.replace('_', '-')}"

@@ -92,7 +92,7 @@ def test_given_masks_and_offloaded_streams_on_a_mesh(tmp_path):
         assert agreement(first, one) < 1
 
 
-@pytest.mark.parametrize("method", ["wanda", "magnitude", "sparsegpt"])
+@pytest.mark.parametrize("method", ["wanda", "magnitude", "sparsegpt", "wanda++"])
 def test_offloaded_activations_change_no_bit(method, tmp_path):
     options = [*RUN, "--method", method, "--batch", "2"]
     here = prune_masks(tmp_path / "here", LLAMA, LLAMA / IDS, *options)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax import export
 
-from barber_jax import mesh, passes, rebuild, starting
+from barber_jax import allocation, block_gradient, mesh, passes, rebuild, starting
 from barber_jax.config import SparsityPattern
 from barber_jax.criteria import CRITERIA, sparsegpt
 from barber_jax.eval import perplexity
@@ -96,6 +96,21 @@ def test_rebuild(model, place):
     lower(lambda p, m, d, s: rebuild.advance(block, sub, p, m, d, s), weights, masks, stream, stream)
 
 
+def test_gradient_of_a_block_and_its_outliers(model):
+    model, dtype = model
+    block = model.block()
+    weights, shapes = parameters(block, dtype), dict(block.shapes)
+    linears = [pair for sub in block.sub_blocks for pair in sub.linears]
+    squares = {f"{linear}.kernel": like((1, *shapes[f"{linear}.kernel"])) for linear, _ in linears}
+    seen = {entering: like(shapes[f"{linear}.kernel"][:1]) for linear, entering in linears}
+    loss = CRITERIA["wanda++"].loss
+    lower(lambda: block_gradient.no_squares(block))
+    stream = like((M, B, L, model.hidden), dtype)
+    lower(lambda p, s, q: block_gradient.accumulate(block, loss, p, s, q), weights, stream, squares)
+    lower(lambda q, n: block_gradient.root_mean(block, q, n), squares, like(()))
+    lower(lambda p, s, t: allocation.count_outliers(block.sub_blocks, p, s, t), weights, seen, like(()))
+
+
 @pytest.mark.parametrize("pattern", [SparsityPattern(0.5), SparsityPattern(0.5, 2, 4)], ids=str)
 def test_starting_criteria(model, pattern):
     model, dtype = model
@@ -108,12 +123,15 @@ def test_starting_criteria(model, pattern):
                 "magnitude": None,
                 "wanda": like((inputs,)),
                 "sparsegpt": (like((inputs, inputs)), like((inputs,), bool)),
+                "wanda++": (like((inputs,)), like(shapes[path])),
             }
             for method, statistic in prepared.items():
                 start = partial(starting._start_matrix, CRITERIA[method], mesh.kernel_axes(sub, path))
+                quota = CRITERIA[method].quota(shapes[path][::-1], 0.5)
                 lower(
-                    lambda kernel, seen, start=start: start(kernel, seen, 128, pattern)[0],
+                    lambda kernel, seen, quota, start=start: start(kernel, seen, 128, pattern, quota)[0],
                     like(shapes[path], dtype),
                     statistic,
+                    () if pattern.structured else tuple(like((), jnp.int32) for _ in quota),
                 )
     lower(lambda gram, damping: sparsegpt.inverse_factor(gram, 128, damping), like((4096, 4096)), like(()))

@@ -26,6 +26,7 @@ METHODS = {
     "sparsegpt": ["--method", "sparsegpt"],
     "retained": ["--method", "sparsegpt", "--retain-reconstruction"],
     "not rebuilt": ["--method", "sparsegpt", "--no-rebuild"],
+    "wanda++ by owl": ["--method", "wanda++", "--allocate", "owl", "--owl-m", "2"],
     "offloaded": ["--batch", "2", "--offload-activations"],
 }
 

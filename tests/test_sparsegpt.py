@@ -45,6 +45,11 @@ def problem(inputs, outputs, dead=()):
     return rng.normal(size=(inputs, outputs)).astype(np.float32), gram
 
 
+def start(kernel, prepared, pattern):
+    quota = () if pattern.structured else sparsegpt.quota(kernel.shape[::-1], pattern.sparsity)
+    return sparsegpt.start(jnp.asarray(kernel), prepared, 3, pattern, quota)
+
+
 @pytest.mark.parametrize("inputs", [64, 128, 256, 300])
 @pytest.mark.parametrize(
     "pattern",
@@ -61,7 +66,7 @@ def test_masks_and_weights(inputs, pattern):
     inputs -= inputs % pattern.of if pattern.structured else 0
     kernel, gram = problem(inputs, 40)
     prepared = sparsegpt.prepare(jnp.asarray(gram), 3, "x", print)
-    mask, updated = sparsegpt.start(jnp.asarray(kernel), prepared, 3, pattern)
+    mask, updated = start(kernel, prepared, pattern)
     pruned, want = plain(kernel, gram, 3, pattern)
     mask, updated = np.asarray(mask), np.asarray(updated)
     assert np.mean(pruned == ~mask.T) >= 0.999
@@ -75,7 +80,7 @@ def test_masks_and_weights(inputs, pattern):
 def test_dead_inputs_are_zeroed():
     kernel, gram = problem(128, 8, dead=(3, 77))
     prepared = sparsegpt.prepare(jnp.asarray(gram), 3, "x", print)
-    mask, updated = sparsegpt.start(jnp.asarray(kernel), prepared, 3, SparsityPattern(0.5))
+    mask, updated = start(kernel, prepared, SparsityPattern(0.5))
     assert not np.asarray(mask)[:, [3, 77]].any()
     assert (np.asarray(updated)[[3, 77]] == 0).all()
 
@@ -83,7 +88,7 @@ def test_dead_inputs_are_zeroed():
 def test_sparsity_zero_changes_nothing():
     kernel, gram = problem(64, 8)
     prepared = sparsegpt.prepare(jnp.asarray(gram), 3, "x", print)
-    mask, updated = sparsegpt.start(jnp.asarray(kernel), prepared, 3, SparsityPattern(0.0))
+    mask, updated = start(kernel, prepared, SparsityPattern(0.0))
     assert np.asarray(mask).all()
     np.testing.assert_array_equal(np.asarray(updated), kernel)
 

@@ -5,10 +5,12 @@ import jax.numpy as jnp
 
 from barber_jax import masks
 from barber_jax.config import SparsityPattern
-from barber_jax.criteria.criterion import Criterion
+from barber_jax.criteria.criterion import Criterion, Quota, of_the_matrix
 
 
-def start(kernel: jax.Array, statistic: None, samples: int, pattern: SparsityPattern) -> tuple[jax.Array, None]:
+def start(
+    kernel: jax.Array, statistic: None, samples: int, pattern: SparsityPattern, quota: Quota
+) -> tuple[jax.Array, None]:
     """Prune the floor(p * O * I) weights of a matrix with the lowest |W|, or the lowest M-N of every group of M.
 
     Args:
@@ -20,7 +22,7 @@ def start(kernel: jax.Array, statistic: None, samples: int, pattern: SparsityPat
     score = jnp.abs(kernel.T)
     if pattern.structured:
         return masks.keep_n_of_m(score, pattern.keep, pattern.of), None
-    return masks.keep_highest(score, int(score.size * pattern.sparsity), masks.AXES["layer"]), None
+    return masks.keep_highest(score, quota[0], masks.AXES["layer"]), None
 
 
-CRITERION = Criterion(statistic=None, start=start)
+CRITERION = Criterion(statistic=None, start=start, quota=of_the_matrix)

@@ -16,7 +16,7 @@ from jax.scipy.linalg import solve_triangular
 
 from barber_jax import masks
 from barber_jax.config import SparsityPattern
-from barber_jax.criteria.criterion import Criterion
+from barber_jax.criteria.criterion import Criterion, Quota
 from barber_jax.errors import BarberError
 
 BLOCK = 128
@@ -71,8 +71,16 @@ def prepare(gram: jax.Array, samples: int, name: str, say: Callable[[str], None]
     )
 
 
+def quota(shape: tuple[int, int], sparsity: float) -> Quota:
+    """How many scores are at or below the threshold of a block of 128 inputs, and of what is left of a matrix [O, I]
+    after such blocks: that at index floor(p * n) of n ascending ones is among them, unless nothing is to be pruned."""
+    outputs, inputs = shape
+    width = min(BLOCK, inputs)
+    return tuple(int(columns * outputs * sparsity) + 1 if sparsity else 0 for columns in (width, inputs % width))
+
+
 def start(
-    kernel: jax.Array, prepared: tuple[jax.Array, jax.Array], samples: int, pattern: SparsityPattern
+    kernel: jax.Array, prepared: tuple[jax.Array, jax.Array], samples: int, pattern: SparsityPattern, quota: Quota
 ) -> tuple[jax.Array, jax.Array]:
     """Prune one matrix and update what is left.
 
@@ -83,6 +91,7 @@ def start(
     Args:
         kernel: float32 [I, O].
         prepared: from `prepare`.
+        quota: from `quota`.
 
     Returns:
         bool [O, I] mask, True = kept, and the updated kernel float32 [I, O], zero where pruned.
@@ -94,22 +103,29 @@ def start(
     width = max(BLOCK // pattern.of, 1) * pattern.of if pattern.structured else BLOCK
     width = min(width, inputs)
     whole = inputs // width
+    in_block, in_rest = quota or (None, None)
 
     def step(kernel, at):
-        return _block(kernel, factor, at * width, width, pattern)
+        return _block(kernel, factor, at * width, width, pattern, in_block)
 
     kernel, pruned = lax.scan(step, kernel, jnp.arange(whole))
     pruned = pruned.reshape(whole * width, -1)
     if inputs % width:
-        kernel, rest = _block(kernel, factor, whole * width, inputs % width, pattern)
+        kernel, rest = _block(kernel, factor, whole * width, inputs % width, pattern, in_rest)
         pruned = jnp.concatenate([pruned, rest])
     return ~pruned.T, kernel
 
 
 def _block(
-    kernel: jax.Array, factor: jax.Array, first: jax.Array | int, width: int, pattern: SparsityPattern
+    kernel: jax.Array,
+    factor: jax.Array,
+    first: jax.Array | int,
+    width: int,
+    pattern: SparsityPattern,
+    count: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Prune `width` inputs from `first` on; returns the whole kernel and bool [width, O] of what was pruned."""
+    """Prune `width` inputs from `first` on, `count` of their weights unless the pattern is N:M; returns the whole
+    kernel and bool [width, O] of what was pruned."""
     outputs = kernel.shape[1]
     rows = lax.dynamic_slice(factor, (first, 0), (width, factor.shape[1]))
     own = lax.dynamic_slice(rows, (0, first), (width, width))
@@ -121,7 +137,7 @@ def _block(
         start = index * size
         scale = lax.dynamic_slice(diagonal, (start,), (size,))[:, None]
         score = jnp.square(lax.dynamic_slice(block, (start, 0), (size, outputs))) / jnp.square(scale)
-        drop = _select(score, pattern)
+        drop = _select(score, pattern, count)
 
         def column(i, state):
             block, done, errors = state
@@ -145,13 +161,11 @@ def _block(
     return lax.dynamic_update_slice(kernel - spread, done, (first, 0)), pruned
 
 
-def _select(score: jax.Array, pattern: SparsityPattern) -> jax.Array:
+def _select(score: jax.Array, pattern: SparsityPattern, count: jax.Array | None) -> jax.Array:
     """Which of the scores [inputs, O] to prune."""
     if pattern.structured:
         return ~masks.keep_n_of_m(score.T, pattern.keep, pattern.of).T
-    if pattern.sparsity == 0:
-        return jnp.zeros(score.shape, bool)
-    return masks.lowest_through(score, int(score.size * pattern.sparsity))
+    return masks.lowest_through(score, count)
 
 
-CRITERION = Criterion(statistic=statistic, start=start, prepare=prepare)
+CRITERION = Criterion(statistic=statistic, start=start, prepare=prepare, quota=quota)

@@ -60,10 +60,12 @@ class SubBlock:
         name: the Flax submodule, `self_attn` or `mlp`.
         linears: (linear, input) pairs in the order of their flat indices in a `block` comparison group. `linear` is
             the path of the Flax module inside the block; linears that read the same activation share `input`.
+        norm: the Flax module of the block that normalises for this sub-block alone; empty for none.
     """
 
     name: str
     linears: tuple[tuple[str, str], ...]
+    norm: str = ""
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -96,6 +98,10 @@ class Block(nnx.Module):
     def leave(self, sub: str, hidden: jax.Array, y: jax.Array) -> jax.Array:
         """Residual connection: [S, L, D] state before and sub-block output -> state after."""
         return hidden + y
+
+    def spread(self, residual: jax.Array) -> jax.Array:
+        """What a norm of this family divides a token by, squared: float32 [S, L, D] residual sum -> [S, L]."""
+        return jnp.mean(jnp.square(residual), axis=-1)
 
 
 @dataclass(frozen=True)

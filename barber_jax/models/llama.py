@@ -21,10 +21,12 @@ SUB_BLOCKS = (
             ("self_attn.v_proj", "self_attn.in"),
             ("self_attn.o_proj", "self_attn.mid"),
         ),
+        "input_layernorm",
     ),
     SubBlock(
         "mlp",
         (("mlp.gate_proj", "mlp.in"), ("mlp.up_proj", "mlp.in"), ("mlp.down_proj", "mlp.mid")),
+        "post_attention_layernorm",
     ),
 )
 

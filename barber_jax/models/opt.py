@@ -23,8 +23,9 @@ SUB_BLOCKS = (
             ("self_attn.v_proj", "self_attn.in"),
             ("self_attn.out_proj", "self_attn.mid"),
         ),
+        "self_attn_layer_norm",
     ),
-    SubBlock("mlp", (("mlp.fc1", "mlp.in"), ("mlp.fc2", "mlp.mid"))),
+    SubBlock("mlp", (("mlp.fc1", "mlp.in"), ("mlp.fc2", "mlp.mid")), "final_layer_norm"),
 )
 
 POSITION_OFFSET = 2
@@ -111,6 +112,9 @@ class OPTBlock(Block):
     def leave(self, sub: str, hidden: jax.Array, y: jax.Array) -> jax.Array:
         after = super().leave(sub, hidden, y)
         return after if self.pre_norm else self._norm(sub, after)
+
+    def spread(self, residual: jax.Array) -> jax.Array:
+        return jnp.var(residual, axis=-1)
 
     def _norm(self, sub: str, x: jax.Array) -> jax.Array:
         return (self.self_attn_layer_norm if sub == "self_attn" else self.final_layer_norm)(x)
