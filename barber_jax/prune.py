@@ -256,7 +256,9 @@ def summary(config: PruneConfig, record: dict) -> str:
     whole = totals(record["blocks"])
     parts = [f"{config.out}: sparsity {whole['sparsity']:.4f}"]
     if "swaps" in whole:
-        parts.append(f"{whole['swaps']} swaps, block loss {whole['loss_before']:.4g} -> {whole['loss_after']:.4g}")
+        parts.append(f"{whole['swaps']} swaps")
+    if "loss_before" in whole:
+        parts.append(f"block loss {whole['loss_before']:.4g} -> {whole['loss_after']:.4g}")
     if "perplexity" in record:
         parts.append(f"perplexity {record['perplexity']['perplexity']:.4f}")
     return ", ".join([*parts, f"{record['totals']['seconds']:.1f} s"])

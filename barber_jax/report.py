@@ -23,6 +23,8 @@ from barber_jax.models.family import Model
 FORMAT, VERSION = "barber_jax.run", 1
 KEYS = {"options": dict, "versions": dict, "device": dict, "model": dict, "blocks": list, "totals": dict}
 """What every run.json holds, and as what."""
+ALLOTMENT = ("allocate", "owl_lambda", "owl_m")
+"""Options that say how sparsity is spread over blocks, where a criterion gives the starting masks."""
 LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "transformers", "datasets", "safetensors")
 
 
@@ -48,7 +50,7 @@ def peak_memory() -> dict[str, int]:
 
 
 def totals(blocks: list[dict]) -> dict:
-    """Sums over blocks: weights, pruned weights, sparsity, swaps, and seconds per stage."""
+    """Sums over blocks: weights, pruned weights, sparsity, swaps, losses, and seconds per stage."""
     subs = [sub for block in blocks for sub in block["sub_blocks"]]
     matrices = [matrix for sub in subs for matrix in sub["matrices"].values()]
     size, pruned = sum(m["size"] for m in matrices), sum(m["pruned"] for m in matrices)
@@ -57,10 +59,9 @@ def totals(blocks: list[dict]) -> dict:
         for stage, spent in block["seconds"].items():
             seconds[stage] = seconds.get(stage, 0.0) + spent
     out = {"weights": size, "pruned": pruned, "sparsity": pruned / size, "seconds_per_stage": seconds}
-    if "swaps" in subs[0]:
-        out["swaps"] = sum(sub["swaps"] for sub in subs)
-        for when in ("loss_before", "loss_after"):
-            out[when] = sum(sub[when] for sub in subs)
+    for figure in ("swaps", "loss_before", "loss_after", "apart_before", "apart_after"):
+        if figure in subs[0]:
+            out[figure] = sum(sub[figure] for sub in subs)
     return out
 
 
@@ -83,7 +84,9 @@ def provenance(config: PruneConfig) -> dict | None:
     try:
         record = load_record(Path(given).expanduser())
         options, seconds = record["options"], record["totals"]["seconds"]
-        return {"folder": str(given), "method": options["method"], "rebuild": options["rebuild"], "seconds": seconds}
+        made = {name: options[name] for name in ALLOTMENT if name in options}
+        rest = {"rebuild": options["rebuild"], "seconds": seconds}
+        return {"folder": str(given), "method": options["method"], **made, **rest}
     except (BarberError, KeyError):
         # Asked at the end of hours of work, which must not be lost for this.
         return None

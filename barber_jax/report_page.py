@@ -87,9 +87,16 @@ def sentence(record: dict) -> str:
         least, most = min(record["allocation"]), max(record["allocation"])
         words.append(f"sparsity by OWL, {least:.1%} to {most:.1%} of a block")
     if options["rebuild"]:
-        words.append(f"rebuilt by {options['granularity']} with alpha {options['alpha']:g}, metric {options['metric']}")
+        words.append(f"rebuilt by {options['granularity']} with alpha {options['alpha']}, metric {options['metric']}")
     else:
         words.append("not rebuilt")
+    for option, what in (
+        ("refine", "refined by up to {} swaps an output"),
+        ("solve", "solved in {} iterations"),
+        ("reconstruct", "reconstructed in {} steps"),
+    ):
+        if options.get(option):
+            words.append(what.format(options[option]))
     words.append(f"{options['samples']} samples of {options['length']} tokens in {options['compute_dtype']}")
     return "; ".join(words)
 

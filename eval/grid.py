@@ -10,9 +10,9 @@
 
 Several files are put together: later ones overrule `prune`, `perplexity`, `zero_shot` and `dense`, and add to `sweep`.
 
-A rebuild starts from the masks of a run without one, which all settings with that start share: what leads to it
-(stream A, the criterion's statistics) is computed once. Every run is a process of its own, so that its peak memory is
-its own, and the whole is cut off and goes on at any place.
+What follows the starting masks begins with those of a run without it, which all settings with that start share: what
+leads to them (stream A, the criterion's statistics) is computed once. Every run is a process of its own, so that its
+peak memory is its own, and the whole is cut off and goes on at any place.
 """
 
 import itertools
@@ -33,7 +33,7 @@ from barber_jax.config import PruneConfig
 from barber_jax.convert.export import MASKS, RUN, beside, writing
 from barber_jax.errors import BarberError
 from barber_jax.eval.perplexity import PerplexityConfig
-from barber_jax.eval.runs import PERPLEXITY, REBUILD, ZERO_SHOT
+from barber_jax.eval.runs import PERPLEXITY, REBUILD, STAGES, ZERO_SHOT
 from barber_jax.eval.zero_shot import ZeroShotConfig
 from barber_jax.report import load_record
 
@@ -51,7 +51,7 @@ OWN = (
     "eval_windows",
 )
 """Options that a grid sets itself, or measures by other means."""
-LATER = ("rebuild", *REBUILD)
+LATER = ("rebuild", *REBUILD, *STAGES)
 """Options that leave the starting masks as they are."""
 Options = dict[str, Any]
 
@@ -162,10 +162,10 @@ def settings(grid: dict[str, Any], ckpt: str) -> list[Setting]:
                 own = {"method": config.method} | {n: v for n, v in varied.items() if n not in LATER}
                 first = {**kept, "rebuild": "false"}
                 starts[key] = Setting(_name({**own, "rebuild": "no"}), first, _config(ckpt, first))
-            if config.rebuild:
+            if config.changes:
                 names = {"method": config.method} | {n: v for n, v in varied.items() if n != "rebuild"}
-                if not any(name in LATER for name in names):
-                    names["rebuild"] = "yes"
+                if not config.rebuild or not any(name in LATER for name in names):
+                    names["rebuild"] = "yes" if config.rebuild else "no"
                 setting = Setting(_name(names), options, config, starts[key])
                 rebuilt.setdefault((*key, *(getattr(config, name) for name in LATER)), setting)
     found = [*starts.values(), *rebuilt.values()]
@@ -198,7 +198,8 @@ def command(setting: Setting, ckpt: str, out: Path) -> list[str]:
     if setting.start is None:
         return [*line, *arguments(setting.options)]
     given, config = dict(setting.options), setting.config
-    for option in ("method", "sparsity", "rebuild", "allocate", "owl_lambda", "owl_m"):
+    start_only = ("method", "sparsity", "allocate", "owl_lambda", "owl_m")
+    for option in (*start_only, *(["rebuild"] if config.rebuild else [])):
         given.pop(option, None)
     given |= {"granularity": config.granularity, "alpha": config.alpha}
     given.pop("pattern", None)  # the mask file says it

@@ -7,8 +7,10 @@ products of matrices count; what is done weight by weight (selection, norms, act
 from collections.abc import Iterator
 
 from barber_jax.config import PruneConfig
+from barber_jax.layerwise import inputs
 from barber_jax.models.decoder import SubBlock
 from barber_jax.models.family import Model
+from barber_jax.stages import ALPHAS, CHECKS, samples_apart
 
 
 def attention_products(model: Model, samples: int, length: int) -> int:
@@ -76,11 +78,42 @@ def of_block(model: Model, config: PruneConfig, last: bool) -> dict[str, int]:
     stages = {"start": of_start(model, config.method or "magnitude", samples, length)}
     if stages["start"] and not last:
         stages["propagate"] = sum(forward(model, sub, samples, length) for sub in model.sub_blocks)
-    if config.rebuild:
+    if config.changes:
         for sub in model.sub_blocks:
-            stages[f"{sub.name} gradient"] = gradient(model, sub, samples, length)
-            stages[f"{sub.name} propagate"] = forward(model, sub, samples, length)
+            stages |= of_stages(model, sub, config)
     return stages
+
+
+def of_stages(model: Model, sub: SubBlock, config: PruneConfig) -> dict[str, int]:
+    """What follows the starting masks of a sub-block, all rounds together."""
+    apart = samples_apart(config, 1)
+    learned, judging = config.samples - apart, forward(model, sub, apart, config.length)
+    counts = {"propagate": forward(model, sub, config.samples, config.length)}
+    if apart or not config.rebuild:
+        counts["target"] = counts["loss"] = counts["propagate"]
+    if config.rebuild:
+        counts["gradient"] = config.rounds * gradient(model, sub, learned, config.length)
+    if config.rebuild and config.alpha == "auto":
+        counts["swap"] = config.rounds * len(ALPHAS) * judging
+    if config.refine or config.solve:
+        counts["layerwise"] = config.rounds * (layerwise(model, sub, config, learned) + 2 * judging)
+    if config.reconstruct:
+        seen = config.reconstruct * config.reconstruct_batch
+        # As for the rebuild, less its sparse forward.
+        steps = gradient(model, sub, seen, config.length) - forward(model, sub, seen, config.length)
+        counts["reconstruct"] = config.rounds * (steps + (min(CHECKS, config.reconstruct) + 1) * judging)
+    return {f"{sub.name} {stage}": count for stage, count in counts.items()}
+
+
+def layerwise(model: Model, sub: SubBlock, config: PruneConfig, samples: int) -> int:
+    """Gram matrices of a sub-block's inputs, each from a forward of its own, and the iterations of --solve; swaps are
+    no products."""
+    shapes, readers = dict(model.block().shapes), inputs(sub)
+    sizes = {entering: shapes[paths[0]][0] for entering, paths in readers.items()}
+    grams = sum(2 * samples * config.length * size**2 for size in sizes.values())
+    crossed = _linear(model, sub.kernels[-1], samples * config.length) if config.solve else 0
+    solved = sum(2 * shapes[path][0] ** 2 * shapes[path][1] for path in sub.kernels)
+    return len(sizes) * forward(model, sub, samples, config.length) + grams + crossed + config.solve * solved
 
 
 def of_run(model: Model, config: PruneConfig) -> dict[str, int]:

@@ -7,12 +7,17 @@ from pathlib import Path
 from barber_jax.convert.export import MASKS, RUN, START_MASKS
 from barber_jax.errors import BarberError
 from barber_jax.eval.perplexity import read_results
-from barber_jax.report import load_record
+from barber_jax.report import ALLOTMENT, load_record
 
 PERPLEXITY, ZERO_SHOT = "perplexity.json", "zero_shot.json"
 """Beside run.json: what eval.perplexity and eval.zero_shot wrote with --json."""
 REBUILD = ("granularity", "alpha", "metric", "retain_reconstruction")
 """Options that only a rebuild looks at."""
+STAGES = (
+    *("token_weighting", "target", "rounds", "refine", "solve"),
+    *("reconstruct", "reconstruct_rate", "reconstruct_batch", "reconstruct_scope"),
+)
+"""Options of what else follows the starting masks."""
 
 
 @dataclass
@@ -60,7 +65,7 @@ class Run:
         skipped += ("eval_dataset", "eval_windows", "save_start", "coordinator", "processes", "process", "format")
         kept = {key: value for key, value in options.items() if key not in skipped}
         if start:
-            kept["method"] = start["method"]
+            kept |= {name: start[name] for name in ("method", *ALLOTMENT) if name in start}
         # What sparsegpt's starting mask has is a hair more than what was asked for.
         kept["sparsity"] = round(kept["sparsity"], 4)
         if not options["rebuild"]:

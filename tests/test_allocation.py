@@ -16,6 +16,7 @@ from barber_jax.convert.mask_file import read_masks
 from barber_jax.criteria import CRITERIA
 from barber_jax.errors import BarberError
 from barber_jax.eval.benchmark import CompilationWatch
+from barber_jax.eval.runs import load_run
 from barber_jax.mesh import Devices
 from barber_jax.models import build_model
 
@@ -144,6 +145,16 @@ def test_without_outliers_it_is_said_and_uniform(inputs, tmp_path, capsys):
     prune_masks(tmp_path / "out", inputs / "llama", inputs / "ids.npy", *options)
     assert "--owl-m 1e+06: every block has the same share of outliers" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "run.json").read_text())["allocation"] == [0.7] * 4
+
+
+def test_a_run_from_the_masks_knows_how_they_were_allotted(inputs, tmp_path):
+    options = [*QUICK, "--method", "magnitude", "--no-rebuild", "--owl-lambda", 0.1]
+    first = prune_masks(tmp_path / "first", inputs / "llama", inputs / "ids.npy", *options)
+    given = ["--masks", tmp_path / "first" / "masks.safetensors", "--no-rebuild"]
+    again = prune_masks(tmp_path / "again", inputs / "llama", inputs / "ids.npy", *given)
+    assert all((again[name] == mask).all() for name, mask in first.items())
+    settings = load_run(tmp_path / "again").settings
+    assert [settings[name] for name in ("method", "allocate", "owl_lambda", "owl_m")] == ["magnitude", "owl", 0.1, 5.0]
 
 
 @pytest.mark.parametrize(

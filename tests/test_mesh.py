@@ -9,6 +9,7 @@ import textwrap
 import numpy as np
 import pytest
 from cli import ORACLES, prune_masks
+from safetensors.numpy import load_file
 
 from barber_jax.convert.mask_file import read_masks
 
@@ -90,6 +91,34 @@ def test_given_masks_and_offloaded_streams_on_a_mesh(tmp_path):
         assert agreement(one, many) >= 0.9995
         # The offloaded run starts from wanda's own masks, which are those of the first run; all three rebuild them.
         assert agreement(first, one) < 1
+
+
+def test_stages_on_a_mesh(tmp_path):
+    """Choices, refinement, least squares and training; as many samples as hold the same ones apart on every mesh."""
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 200, (64, 16)))
+    common = ["--ckpt", LLAMA, "--calibration", tmp_path / "ids.npy", "--samples", "64", "--length", "16"]
+    common += ["--token-weighting", "norm"]
+    settings = {
+        "chosen": ["--alpha", "auto", "--method", "magnitude"],
+        "refined": ["--no-rebuild", "--refine", "10"],
+        "trained": [*("--solve", "5", "--reconstruct", "6", "--reconstruct-batch", "8"), "--no-rebuild"],
+    }
+    meshes = ["data=8,model=1", "data=1,model=8", "data=2,model=4"]
+    on_eight_devices(
+        [
+            [*common, *options, "--mesh", mesh, "--out", tmp_path / f"{name} {mesh}"]
+            for name, options in settings.items()
+            for mesh in meshes
+        ]
+    )
+    for name, options in settings.items():
+        one = prune_masks(tmp_path / name, *common[1:4:2], *common[4:], *options)
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        for mesh in meshes:
+            assert agreement(one, masks_of(tmp_path / f"{name} {mesh}")) >= (0.99 if name == "refined" else 0.9995)
+            if name == "trained":
+                for matrix, many in load_file(tmp_path / f"{name} {mesh}" / "model.safetensors").items():
+                    assert np.median(np.abs(many - tensors[matrix])) < 1e-4
 
 
 @pytest.mark.parametrize("method", ["wanda", "magnitude", "sparsegpt", "wanda++"])

@@ -8,7 +8,18 @@ import jax.numpy as jnp
 import pytest
 from jax import export
 
-from barber_jax import allocation, block_gradient, mesh, passes, rebuild, starting
+from barber_jax import (
+    allocation,
+    block_gradient,
+    layerwise,
+    mesh,
+    passes,
+    rebuild,
+    reconstruct,
+    refine,
+    starting,
+    targets,
+)
 from barber_jax.config import SparsityPattern
 from barber_jax.criteria import CRITERIA, sparsegpt
 from barber_jax.eval import perplexity
@@ -94,6 +105,38 @@ def test_rebuild(model, place):
         swap = partial(rebuild.swap_masks, sub, granularity=granularity, pattern=pattern)
         lower(swap, scores, masks, like(()))
     lower(lambda p, m, d, s: rebuild.advance(block, sub, p, m, d, s), weights, masks, stream, stream)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_stages(model, place):
+    model, dtype = model
+    block = model.block()
+    sub, shapes = block.sub_blocks[place], dict(block.shapes)
+    stream, weights = like((M, B, L, model.hidden), dtype), parameters(block, dtype)
+    masks = {path: like(shapes[path][::-1], bool) for path in sub.kernels}
+    lower(lambda p, s: targets.same(block, sub, p, s), weights, stream)
+    lower(lambda p, d, s: targets.dense(block, sub, p, d, s), weights, stream, stream)
+    lower(lambda p, m, s, t: targets.loss(block, sub, p, m, s, t, "norm"), weights, masks, stream, stream)
+    for entering, (path, *_) in layerwise.inputs(sub).items():
+        inputs, outputs = shapes[path]
+        arguments = (weights, masks, stream, stream)
+        gram, _ = lower(
+            lambda p, m, s, t, name=entering: layerwise.moments(block, sub, name, p, m, s, t, "norm"), *arguments
+        )
+        assert gram.shape == (inputs, inputs)
+        kernel, mask, count = like(shapes[path], dtype), like((outputs, inputs), bool), like((), jnp.int32)
+        lower(layerwise.solve, kernel, mask, gram, like(shapes[path]), count)
+        for of in (0, 4):
+            lower(lambda k, d, m, g, n, of=of: refine.refine(k, d, m, g, n, of=of), kernel, kernel, mask, gram, count)
+    plan = reconstruct.Plan(100, 0.01, "norm")
+    paths = reconstruct.trained_paths(block, sub, "all")
+    values = {path: weights[path] for path in paths}
+
+    def train(values, parameters, masks, stream, target, order):
+        training = reconstruct.begin(sub, plan, values, masks)
+        return reconstruct.train(block, sub, plan, parameters, masks, stream, target, order, training).values
+
+    lower(train, values, weights, masks, stream, stream, like((5, 2, 2, 2), jnp.int32))
 
 
 def test_gradient_of_a_block_and_its_outliers(model):

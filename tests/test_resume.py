@@ -28,6 +28,11 @@ METHODS = {
     "not rebuilt": ["--method", "sparsegpt", "--no-rebuild"],
     "wanda++ by owl": ["--method", "wanda++", "--allocate", "owl", "--owl-m", "2"],
     "offloaded": ["--batch", "2", "--offload-activations"],
+    "chosen": ["--method", "magnitude", "--alpha", "auto", "--target", "same"],
+    "trained": [
+        *("--refine", "3", "--solve", "3", "--reconstruct", "4", "--reconstruct-rate", "0.1", "--rounds", "2"),
+        *("--reconstruct-scope", "all", "--token-weighting", "norm"),
+    ],
 }
 
 
@@ -181,6 +186,17 @@ def test_another_option_is_refused(changed, complaint, inputs, unfinished):
     with pytest.raises(BarberError, match=complaint):
         prune.run([*line(inputs, unfinished), *changed, "--resume"])
     assert (unfinished.with_name("out.run") / "2").exists()
+
+
+def test_another_order_of_training_samples_is_refused(inputs, tmp_path, monkeypatch):
+    """The seed, which is of no importance where ids are given and nothing is trained."""
+    trained = ["--reconstruct", "2"]
+    with monkeypatch.context() as patch:
+        fail_after(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            prune.run(line(inputs, tmp_path / "out", *trained))
+    with pytest.raises(BarberError, match="--seed was 0"):
+        prune.run(line(inputs, tmp_path / "out", *trained, "--seed", "1", "--resume"))
 
 
 def test_another_checkpoint_or_calibration_is_refused(inputs, unfinished, tmp_path):

@@ -236,10 +236,11 @@ RUNS = {
 def test_what_is_held_apart_is_never_worse_and_zeros_are_exact(name, family, inputs, tmp_path):
     record, tensors, masks = pruned(inputs, tmp_path / "out", *RUNS[name], family=family)
     dense = load_file(inputs / family / "model.safetensors")
+    moved = {matrix: (tensors[matrix] != dense[matrix])[mask].any() for matrix, mask in masks.items()}
+    # Where training does no good on samples held apart, a sub-block stays as it was.
+    assert any(moved.values()) == (name != "auto")
     for matrix, mask in masks.items():
         assert not tensors[matrix][~mask].any()
-        moved = (tensors[matrix] != dense[matrix])[mask].any()
-        assert moved == (name != "auto")
         if name == "2:4":
             assert (mask.reshape(-1, 4).sum(1) == 2).all()
         elif name != "sparsegpt":
