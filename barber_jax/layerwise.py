@@ -18,8 +18,10 @@ from barber_jax.models.decoder import BlockDefinition, SubBlock
 from barber_jax.passes import Parameters, sparsify
 from barber_jax.rebuild import token_weights
 
-DAMPING = 0.01
-"""Fraction of the mean diagonal of G that holds solved weights to where they began, as in SparseGPT's damping."""
+SHRINKAGES = (0.1, 0.5, 2.0)
+"""Fractions of its diagonal that are added to G, to choose from. Few samples tell little of how inputs go together, and
+what fits them alone does harm elsewhere; with the diagonal alone, swaps would be those of Wanda's score and weights
+would stay."""
 
 
 def inputs(sub: SubBlock) -> dict[str, tuple[str, ...]]:
@@ -76,35 +78,49 @@ def moments(
 
 
 @jax.jit
+def shrunk(gram: jax.Array, shrinkage: jax.Array) -> jax.Array:
+    """G with more weight on its diagonal."""
+    return gram + shrinkage * jnp.diag(jnp.diagonal(gram))
+
+
+@jax.jit
 def dense_aim(gram: jax.Array, kernel: jax.Array) -> jax.Array:
     """X^T Y for the dense kernel's [I, O] own output Y on X."""
     return jnp.matmul(gram, kernel.astype(jnp.float32), precision=lax.Precision.HIGHEST)
 
 
 @jax.jit
-def solve(kernel: jax.Array, mask: jax.Array, gram: jax.Array, aim: jax.Array, iterations: jax.Array) -> jax.Array:
+def solve(
+    kernel: jax.Array,
+    mask: jax.Array,
+    gram: jax.Array,
+    aim: jax.Array,
+    iterations: jax.Array,
+    shrinkage: jax.Array,
+) -> jax.Array:
     """Surviving weights nearer to the least squares, every output with its own support, by conjugate gradients.
 
-    Minimises v^T G v - 2 v^T aim + d |v - v0|^2 over the kept weights v of every output, v0 the weights at the start
-    and d `DAMPING` times the mean diagonal of G; preconditioned by the diagonal. The value falls in every iteration.
+    Minimises v^T G v - 2 v^T X^T Y + (v - v0)^T R (v - v0) over the kept weights v of every output, v0 those at the
+    start, R `shrinkage` times the diagonal of G; preconditioned by the diagonal. The value falls in every iteration.
 
     Args:
         kernel: [I, O]. mask: bool [O, I], True = kept.
         gram: float32 [I, I]. aim: float32 [I, O], X^T Y.
-        iterations: int32.
+        iterations: int32. shrinkage: float32.
 
     Returns:
         float32 [I, O], the kernel's own values where pruned.
     """
     kept = mask.T
     kernel = kernel.astype(jnp.float32)
-    damping = DAMPING * jnp.mean(jnp.diagonal(gram))
-    scale = 1.0 / (jnp.diagonal(gram) + damping + jnp.finfo(jnp.float32).tiny)[:, None]
-    product = partial(jnp.matmul, gram, precision=lax.Precision.HIGHEST)
+    ridged = shrunk(gram, shrinkage)
+    diagonal = jnp.diagonal(ridged)[:, None]
+    scale = jnp.where(diagonal > 0, 1.0 / jnp.where(diagonal > 0, diagonal, 1.0), 0.0)
+    product = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
     def iterate(_, state):
         v, residual, direction, size = state
-        curved = jnp.where(kept, product(direction) + damping * direction, 0.0)
+        curved = jnp.where(kept, product(ridged, direction), 0.0)
         curvature = jnp.sum(direction * curved, axis=0)
         step = jnp.where(curvature > 0, size / jnp.where(curvature > 0, curvature, 1.0), 0.0)
         residual = residual - step * curved
@@ -114,7 +130,8 @@ def solve(kernel: jax.Array, mask: jax.Array, gram: jax.Array, aim: jax.Array, i
         return v + step * direction, residual, scaled + ratio * direction, new
 
     start = jnp.where(kept, kernel, 0.0)
-    residual = jnp.where(kept, aim - product(start), 0.0)
+    # At the start the ridge pulls nowhere.
+    residual = jnp.where(kept, aim - product(gram, start), 0.0)
     scaled = scale * residual
     state = (start, residual, scaled, jnp.sum(residual * scaled, axis=0))
     solved = lax.fori_loop(0, iterations, iterate, state)[0]

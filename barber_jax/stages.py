@@ -285,25 +285,35 @@ class Stages:
         return jax.block_until_ready(importance), float(loss)
 
     def _layerwise(self, sub: SubBlock, dense: Parameters, work: Work, streams: Streams) -> None:
-        """Refine masks and solve for weights, matrix by matrix, each on what those before it now give; all is undone
-        if it does no good on the samples held apart."""
-        config, pattern = self._config, self._config.sparsity_pattern
-        before, masks, updated = self._judged(sub, dense, work, streams), work.masks, dict(work.updated)
+        """Refine masks and solve for weights with every shrinkage, and keep what is best on the samples held apart;
+        nothing changes where none does any good there."""
+        least, best = self._judged(sub, dense, work, streams), (work.masks, work.updated, None)
+        masks, updated = work.masks, work.updated
+        for shrinkage in layerwise.SHRINKAGES:
+            work.masks, work.updated = masks, dict(updated)
+            self._layerwise_with(sub, dense, work, streams, shrinkage)
+            loss = self._judged(sub, dense, work, streams)
+            if loss < least:
+                least, best = loss, (work.masks, work.updated, shrinkage)
+        work.masks, work.updated, chosen = best
+        work.record.setdefault("shrinkage", []).append(chosen)
+
+    def _layerwise_with(self, sub: SubBlock, dense: Parameters, work: Work, streams: Streams, shrinkage: float) -> None:
+        """Refine and solve, matrix by matrix, each on what those before it now give."""
+        config = self._config
         for entering, kernels in layerwise.inputs(sub).items():
             gram, cross = self._moments(sub, entering, {**dense, **work.updated}, work, streams)
             for path in kernels:
                 if config.refine:
-                    kernel, limit = work.updated.get(path, dense[path]), jnp.int32(config.refine)
-                    given = (kernel, dense[path], work.masks[path], gram, limit)
-                    new, _, _ = refine.refine(*given, of=pattern.of)
+                    shrunk = layerwise.shrunk(gram, jnp.float32(shrinkage))
+                    given = (work.updated.get(path, dense[path]), dense[path], work.masks[path], shrunk)
+                    new, _, _ = refine.refine(*given, jnp.int32(config.refine), of=config.sparsity_pattern.of)
                     self._replace(sub, dense, rebuild.settled(sub, {**work.masks, path: new}), work)
                 if config.solve:
-                    kernel, limit = work.updated.get(path, dense[path]), jnp.int32(config.solve)
                     aim = cross if path == sub.kernels[-1] else layerwise.dense_aim(gram, dense[path])
-                    solved = layerwise.solve(kernel, work.masks[path], gram, aim, limit)
+                    given = (work.updated.get(path, dense[path]), work.masks[path], gram, aim)
+                    solved = layerwise.solve(*given, jnp.int32(config.solve), jnp.float32(shrinkage))
                     work.updated |= reconstruct.rounded({path: solved}, {path: dense[path]})
-        if not self._judged(sub, dense, work, streams) < before:
-            work.masks, work.updated = masks, updated
 
     def _moments(
         self, sub: SubBlock, entering: str, parameters: Parameters, work: Work, streams: Streams

@@ -7,7 +7,7 @@ products of matrices count; what is done weight by weight (selection, norms, act
 from collections.abc import Iterator
 
 from barber_jax.config import PruneConfig
-from barber_jax.layerwise import inputs
+from barber_jax.layerwise import SHRINKAGES, inputs
 from barber_jax.models.decoder import SubBlock
 from barber_jax.models.family import Model
 from barber_jax.stages import ALPHAS, CHECKS, samples_apart
@@ -96,7 +96,8 @@ def of_stages(model: Model, sub: SubBlock, config: PruneConfig) -> dict[str, int
     if config.rebuild and config.alpha == "auto":
         counts["swap"] = config.rounds * len(ALPHAS) * judging
     if config.refine or config.solve:
-        counts["layerwise"] = config.rounds * (layerwise(model, sub, config, learned) + 2 * judging)
+        tried = len(SHRINKAGES)
+        counts["layerwise"] = config.rounds * (tried * layerwise(model, sub, config, learned) + (tried + 1) * judging)
     if config.reconstruct:
         seen = config.reconstruct * config.reconstruct_batch
         # As for the rebuild, less its sparse forward.

@@ -150,7 +150,7 @@ def test_without_outliers_it_is_said_and_uniform(inputs, tmp_path, capsys):
 def test_a_run_from_the_masks_knows_how_they_were_allotted(inputs, tmp_path):
     options = [*QUICK, "--method", "magnitude", "--no-rebuild", "--owl-lambda", 0.1]
     first = prune_masks(tmp_path / "first", inputs / "llama", inputs / "ids.npy", *options)
-    given = ["--masks", tmp_path / "first" / "masks.safetensors", "--no-rebuild"]
+    given = [*QUICK[:4], "--masks", tmp_path / "first" / "masks.safetensors", "--no-rebuild"]
     again = prune_masks(tmp_path / "again", inputs / "llama", inputs / "ids.npy", *given)
     assert all((again[name] == mask).all() for name, mask in first.items())
     settings = load_run(tmp_path / "again").settings

@@ -125,7 +125,7 @@ def test_stages(model, place):
         )
         assert gram.shape == (inputs, inputs)
         kernel, mask, count = like(shapes[path], dtype), like((outputs, inputs), bool), like((), jnp.int32)
-        lower(layerwise.solve, kernel, mask, gram, like(shapes[path]), count)
+        lower(layerwise.solve, kernel, mask, gram, like(shapes[path]), count, like(()))
         for of in (0, 4):
             lower(lambda k, d, m, g, n, of=of: refine.refine(k, d, m, g, n, of=of), kernel, kernel, mask, gram, count)
     plan = reconstruct.Plan(100, 0.01, "norm")
