@@ -1,6 +1,7 @@
-"""A stream: the hidden state of every calibration sample, on the device or in host memory."""
+"""Streams: the hidden state of every calibration sample, on the device or in host memory."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import jax
 
@@ -77,3 +78,32 @@ class Stream:
         """Wait until every chunk is computed."""
         jax.block_until_ready(self._chunks)
         return self
+
+
+@dataclass
+class Streams:
+    """The activations that go through the model.
+
+    Attributes:
+        start: A, under the starting masks.
+        rebuilt: B, as rebuilt so far.
+        dense: of the dense model.
+        apart: how many of the last chunks of each hold the samples held apart.
+
+    A stream is None where the run does not need it.
+    """
+
+    start: Stream | None = None
+    rebuilt: Stream | None = None
+    dense: Stream | None = None
+    apart: int = 0
+
+    @property
+    def fitted(self) -> slice:
+        """The chunks that stages learn from."""
+        return slice(None, -self.apart or None)
+
+    @property
+    def judging(self) -> slice:
+        """The chunks held apart."""
+        return slice(-self.apart, None) if self.apart else slice(0, 0)

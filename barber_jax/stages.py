@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from barber_jax import layerwise, rebuild, reconstruct, refine, targets
-from barber_jax.activations import Stream
+from barber_jax.activations import Stream, Streams
 from barber_jax.config import PruneConfig
 from barber_jax.models.decoder import BlockDefinition, SubBlock
 from barber_jax.passes import Parameters
@@ -33,35 +33,6 @@ def samples_apart(config: PruneConfig, multiple: int) -> int:
     if not config.chooses:
         return 0
     return max(1, config.samples // APART // multiple) * multiple
-
-
-@dataclass
-class Streams:
-    """The activations that go through the model.
-
-    Attributes:
-        start: A, under the starting masks.
-        rebuilt: B, as rebuilt so far.
-        dense: of the dense model.
-        apart: how many of the last chunks of each hold the samples held apart.
-
-    A stream is None where the run does not need it.
-    """
-
-    start: Stream | None = None
-    rebuilt: Stream | None = None
-    dense: Stream | None = None
-    apart: int = 0
-
-    @property
-    def fitted(self) -> slice:
-        """The chunks that stages learn from."""
-        return slice(None, -self.apart or None)
-
-    @property
-    def judging(self) -> slice:
-        """The chunks held apart."""
-        return slice(-self.apart, None) if self.apart else slice(0, 0)
 
 
 @dataclass

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from barber_jax import passes
-from barber_jax.activations import Stream
+from barber_jax.activations import Stream, Streams
 from barber_jax.config import PruneConfig
 from barber_jax.convert.checkpoint import Checkpoint
 from barber_jax.convert.parameters import read_parameters, to_hf
@@ -23,7 +23,7 @@ from barber_jax.models.family import Model
 from barber_jax.passes import Parameters
 from barber_jax.progress import Progress, Stopwatch
 from barber_jax.report import written_maps
-from barber_jax.stages import Stages, Streams, samples_apart
+from barber_jax.stages import Stages, samples_apart
 from barber_jax.starting import BlockMasks, Start
 
 

@@ -280,7 +280,7 @@ def test_the_grids_that_come_with_the_package():
     from barber_jax.eval import grid
 
     shipped = sorted((study_module.Path(grid.__file__).parent / "grids").glob("*.yaml"))
-    assert len(shipped) == 8
+    assert len(shipped) == 9
     small = [path for path in shipped if path.name in ("smollm2.yaml", "wikitext2.yaml")]
     for path in shipped:
         if path in small:
