@@ -90,9 +90,9 @@ def test_every_block_agrees(granularity, folder, ids, reference, monkeypatch):
             return {path: jnp.asarray(start[model.kernel_names(index)[path]]) for path in ours}, weights
 
     def forced_swap(*arguments, **options):
-        ours, revived = swap(*arguments, **options)
+        ours = swap(*arguments, **options)
         compare("rebuilt", given.at, ours, rebuilt)
-        return {path: jnp.asarray(rebuilt[model.kernel_names(given.at)[path]]) for path in ours}, revived
+        return {path: jnp.asarray(rebuilt[model.kernel_names(given.at)[path]]) for path in ours}
 
     swap = rebuild.swap_masks
     monkeypatch.setattr(rebuild, "swap_masks", forced_swap)
