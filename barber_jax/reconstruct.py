@@ -168,16 +168,16 @@ def batches(
         a time, with its own samples alone.
     """
     size = stream.micro_batch
-    parts = max(b for b in range(multiple, max(size, multiple) + 1, multiple) if chosen.shape[1] % b == 0)
+    part = max(b for b in range(multiple, max(size, multiple) + 1, multiple) if chosen.shape[1] % b == 0)
     if not stream.offloaded:
         places = np.stack(np.divmod(chosen, size), axis=-1)
         (hidden,), (wanted,) = stream, target
-        yield hidden, wanted, places.reshape(len(chosen), -1, parts, 2).astype(np.int32)
+        yield hidden, wanted, places.reshape(len(chosen), -1, part, 2).astype(np.int32)
         return
     alone = np.stack([np.zeros_like(chosen[0]), np.arange(chosen.shape[1])], axis=-1)
     for step in chosen:
         gathered = (_gather([_sample(each.at(s // size), s % size) for s in step]) for each in (stream, target))
-        yield (*gathered, alone.reshape(1, -1, parts, 2).astype(np.int32))
+        yield (*gathered, alone.reshape(1, -1, part, 2).astype(np.int32))
 
 
 @jax.jit
