@@ -59,7 +59,7 @@ class TrainConfig:
     text_field: str = "text"
     """Column that holds the text, for files with columns."""
     steps: int = 2000
-    """Steps of the optimizer. The default takes about five minutes on two cores."""
+    """Steps of the optimizer. The default takes about six minutes on two cores."""
     batch: int = 4
     """Sequences in a step."""
     length: int = 256
