@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from barber_jax import layerwise, rebuild, reconstruct, refine, targets
+from barber_jax import layerwise, rebuild, reconstruct, targets
 from barber_jax.activations import Stream, Streams
 from barber_jax.config import PruneConfig
 from barber_jax.models.decoder import BlockDefinition, SubBlock
@@ -256,43 +256,36 @@ class Stages:
         return jax.block_until_ready(importance), float(loss)
 
     def _layerwise(self, sub: SubBlock, dense: Parameters, work: Work, streams: Streams) -> None:
-        """Refine masks and solve for weights with every shrinkage, and keep what is best on the samples held apart;
-        nothing changes where none does any good there."""
-        least, best = self._judged(sub, dense, work, streams), (work.masks, work.updated, None)
-        masks, updated = work.masks, work.updated
-        for shrinkage in layerwise.SHRINKAGES:
-            work.masks, work.updated = masks, dict(updated)
-            self._layerwise_with(sub, dense, work, streams, shrinkage)
-            loss = self._judged(sub, dense, work, streams)
-            if loss < least:
-                least, best = loss, (work.masks, work.updated, shrinkage)
-        work.masks, work.updated, chosen = best
+        """Refine masks and solve for weights, matrix by matrix, each on what those before it now give; all is undone if
+        it does no good on the samples held apart."""
+        before, masks, updated = self._judged(sub, dense, work, streams), work.masks, work.updated
+        chosen = {}
+        for entering, kernels in layerwise.inputs(sub).items():
+            fitted = self._moments(sub, entering, dense, work, streams, streams.fitted)
+            judging = self._moments(sub, entering, dense, work, streams, streams.judging)
+            for path in kernels:
+                kernel, mask = work.updated.get(path, dense[path]), work.masks[path]
+                given = (kernel, dense[path], mask, fitted, judging, self._config.refine, self._config.solve)
+                best = layerwise.improved(*given, of=self._config.sparsity_pattern.of)
+                chosen[path] = best and [best.shrinkage, best.share]
+                if best is None:
+                    continue
+                work.masks = rebuild.settled(sub, {**work.masks, path: best.mask})
+                if path in work.updated or self._config.solve:
+                    work.updated = {**work.updated, path: best.kernel}
+        if not self._judged(sub, dense, work, streams) < before:
+            work.masks, work.updated, chosen = masks, updated, dict.fromkeys(chosen)
         work.record.setdefault("shrinkage", []).append(chosen)
 
-    def _layerwise_with(self, sub: SubBlock, dense: Parameters, work: Work, streams: Streams, shrinkage: float) -> None:
-        """Refine and solve, matrix by matrix, each on what those before it now give."""
-        config = self._config
-        for entering, kernels in layerwise.inputs(sub).items():
-            gram, cross = self._moments(sub, entering, {**dense, **work.updated}, work, streams)
-            for path in kernels:
-                if config.refine:
-                    shrunk = layerwise.shrunk(gram, jnp.float32(shrinkage))
-                    given = (work.updated.get(path, dense[path]), dense[path], work.masks[path], shrunk)
-                    new, _, _ = refine.refine(*given, jnp.int32(config.refine), of=config.sparsity_pattern.of)
-                    self._replace(sub, dense, rebuild.settled(sub, {**work.masks, path: new}), work)
-                if config.solve:
-                    aim = cross if path == sub.kernels[-1] else layerwise.dense_aim(gram, dense[path])
-                    given = (work.updated.get(path, dense[path]), work.masks[path], gram, aim)
-                    solved = layerwise.solve(*given, jnp.int32(config.solve), jnp.float32(shrinkage))
-                    work.updated |= reconstruct.rounded({path: solved}, {path: dense[path]})
-
     def _moments(
-        self, sub: SubBlock, entering: str, parameters: Parameters, work: Work, streams: Streams
-    ) -> tuple[jax.Array, jax.Array]:
-        """`layerwise.moments` of the samples to learn from."""
+        self, sub: SubBlock, entering: str, dense: Parameters, work: Work, streams: Streams, chosen: slice
+    ) -> layerwise.Moments:
+        """`layerwise.moments` of some of the chunks."""
         total = None
-        for chunk, wanted in zip(*self._fitted(work, streams), strict=True):
-            arguments = (self._definition, sub, entering, parameters, work.masks, chunk, wanted)
+        parameters = {**dense, **work.updated}
+        origin = dense if self._config.target == "dense" else None
+        for chunk, wanted in zip(streams.rebuilt.part(chosen), work.target.part(chosen), strict=True):
+            arguments = (self._definition, sub, entering, parameters, origin, work.masks, chunk, wanted)
             moments = layerwise.moments(*arguments, self._config.token_weighting)
             total = moments if total is None else jax.tree.map(jnp.add, total, moments)
         return total

@@ -96,8 +96,7 @@ def of_stages(model: Model, sub: SubBlock, config: PruneConfig) -> dict[str, int
     if config.rebuild and config.alpha == "auto":
         counts["swap"] = config.rounds * len(ALPHAS) * judging
     if config.refine or config.solve:
-        tried = len(SHRINKAGES)
-        counts["layerwise"] = config.rounds * (tried * layerwise(model, sub, config, learned) + (tried + 1) * judging)
+        counts["layerwise"] = config.rounds * (layerwise(model, sub, config) + 2 * judging)
     if config.reconstruct:
         seen = config.reconstruct * config.reconstruct_batch
         # As for the rebuild, less its sparse forward.
@@ -106,15 +105,21 @@ def of_stages(model: Model, sub: SubBlock, config: PruneConfig) -> dict[str, int
     return {f"{sub.name} {stage}": count for stage, count in counts.items()}
 
 
-def layerwise(model: Model, sub: SubBlock, config: PruneConfig, samples: int) -> int:
-    """Gram matrices of a sub-block's inputs, each from a forward of its own, and the iterations of --solve; swaps are
-    no products."""
-    shapes, readers = dict(model.block().shapes), inputs(sub)
+def layerwise(model: Model, sub: SubBlock, config: PruneConfig) -> int:
+    """Gram matrices of a sub-block's inputs, each from a forward of its own, and for every shrinkage the iterations of
+    --solve and what a candidate loses; swaps are no products."""
+    shapes, readers, tokens = dict(model.block().shapes), inputs(sub), config.samples * config.length
     sizes = {entering: shapes[paths[0]][0] for entering, paths in readers.items()}
-    grams = sum(2 * samples * config.length * size**2 for size in sizes.values())
-    crossed = _linear(model, sub.kernels[-1], samples * config.length) if config.solve else 0
-    solved = sum(2 * shapes[path][0] ** 2 * shapes[path][1] for path in sub.kernels)
-    return len(sizes) * forward(model, sub, samples, config.length) + grams + crossed + config.solve * solved
+    grams = sum(2 * tokens * size**2 for size in sizes.values())
+    passes = len(sizes) * forward(model, sub, config.samples, config.length) + grams
+    crossed = _linear(model, sub.kernels[-1], tokens)
+    passes += crossed
+    products = {path: 2 * shapes[path][0] ** 2 * shapes[path][1] for path in sub.kernels}
+    tried = len(SHRINKAGES) * (config.solve + 1) * sum(products.values())
+    if config.target == "dense":
+        passes += forward(model, sub, config.samples, config.length) + crossed
+        tried += len(SHRINKAGES) * config.solve * products[sub.kernels[-1]]
+    return passes + tried
 
 
 def of_run(model: Model, config: PruneConfig) -> dict[str, int]:

@@ -185,19 +185,54 @@ def test_moments_are_those_of_the_inputs_under_the_masks(family, tmp_path):
     definition, masks = model.block(), random_masks(model, parameters)
     for sub in model.sub_blocks:
         own = of(sub, masks)
-        target = targets.same(definition, sub, parameters, hidden)
+        given = targets.same(definition, sub, parameters, hidden)
+        target = given * 1.1 + 0.2
         sparse = {path: jnp.where(mask.T, parameters[path], 0) for path, mask in own.items()}
         block, seen = definition.bind({**parameters, **sparse}), {}
         block.apply(sub.name, block.enter(sub.name, hidden[0]), seen.__setitem__)
         for entering, readers in layerwise.inputs(sub).items():
             x = np.asarray(seen[entering], np.float64).reshape(-1, parameters[readers[0]].shape[0])
-            arguments = (definition, sub, entering, parameters, own, hidden, target, "none")
-            gram, cross = layerwise.moments(*arguments)
-            np.testing.assert_allclose(gram, x.T @ x, rtol=1e-4, atol=1e-4 * np.abs(x.T @ x).max())
+
+            def near(got, left, x=x):
+                want = x.T @ np.asarray(left).reshape(len(x), -1)
+                np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+
+            dense = layerwise.moments(definition, sub, entering, parameters, parameters, own, hidden, target, "none")
+            same = layerwise.moments(definition, sub, entering, parameters, None, own, hidden, target, "none")
+            near(dense.gram, x)
+            assert same.carried is None
             if sub.kernels[-1] in readers:
-                bias = parameters.get(sub.kernels[-1].replace("kernel", "bias"), 0.0)
-                want = x.T @ (np.asarray(target[0]).reshape(-1, 32) - np.asarray(bias))
-                np.testing.assert_allclose(cross, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+                bias = np.asarray(parameters.get(sub.kernels[-1].replace("kernel", "bias"), 0.0))
+                near(same.ending, target - bias)
+                near(dense.ending, given - bias)
+                near(dense.carried, target - given)
+            else:
+                assert dense.ending is same.ending is dense.carried is None
+
+
+def test_the_share_of_a_correction_is_best_on_other_samples():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(50, 6))
+    aim, carried, u, d = rng.normal(size=(50, 3)), rng.normal(size=(50, 3)), *rng.normal(size=(2, 6, 3))
+    mask = rng.random((3, 6)) < 0.6
+
+    def error(v):
+        return np.square(x @ np.where(mask.T, v, 0) - aim - carried).sum()
+
+    moments = [jnp.asarray(each, jnp.float32) for each in (x.T @ x, x.T @ aim, x.T @ carried)]
+    for sign in (1, -1):
+        given = jnp.asarray(u, jnp.float32), jnp.asarray(sign * d, jnp.float32), jnp.asarray(mask)
+        value, share = layerwise.combine(*given, *moments)
+        shares = np.linspace(0, 3, 301)
+        best = min(shares, key=lambda t, sign=sign: error(u + sign * t * d))
+        assert share == pytest.approx(best, abs=0.006)
+        want = np.where(mask.T, u + share * sign * d, u)
+        np.testing.assert_allclose(value, want, rtol=1e-5, atol=1e-5)
+        misfit = layerwise.misfit(value, jnp.asarray(mask), moments[0], moments[1] + moments[2])
+        assert misfit + np.square(aim + carried).sum() == pytest.approx(error(np.asarray(value)), rel=1e-4)
+    value, share = layerwise.combine(given[0], None, given[2], *moments[:2], None)
+    assert share == 0
+    np.testing.assert_array_equal(value, given[0])
 
 
 @pytest.fixture(scope="module")
