@@ -120,14 +120,14 @@ def test_stages(model, place):
     for entering, (path, *_) in layerwise.inputs(sub).items():
         inputs, outputs = shapes[path]
         arguments = (weights, weights, masks, stream, stream)
-        moments = lower(
+        gram, *_ = lower(
             lambda p, d, m, s, t, name=entering: layerwise.moments(block, sub, name, p, d, m, s, t, "norm"), *arguments
         )
-        gram, wide = moments.gram, like(shapes[path])
+        wide = like(shapes[path])
         assert gram.shape == (inputs, inputs)
         kernel, mask, count = like(shapes[path], dtype), like((outputs, inputs), bool), like((), jnp.int32)
         lower(layerwise.solve, kernel, mask, gram, wide, count, like(()))
-        lower(layerwise.combine, kernel, wide, mask, gram, wide, wide)
+        lower(layerwise.combine, wide, wide, mask, gram, wide, wide)
         lower(layerwise.misfit, kernel, mask, gram, wide)
         for of in (0, 4):
             lower(lambda k, d, m, g, n, of=of: refine.refine(k, d, m, g, n, of=of), kernel, kernel, mask, gram, count)
