@@ -18,7 +18,7 @@ from barber_jax.config import TokenWeighting
 from barber_jax.mesh import DATA, constrain
 from barber_jax.models.decoder import BlockDefinition, SubBlock
 from barber_jax.passes import Parameters, sparsify
-from barber_jax.rebuild import survivors, token_weights
+from barber_jax.rebuild import token_weights
 from barber_jax.refine import refine
 
 SHRINKAGES = (0.01, 0.1, 0.5, 2.0)
@@ -257,7 +257,7 @@ def improved(
         if swaps:
             gram = shrunk(fitted.gram, jnp.float32(shrinkage))
             new, _, _ = refine(kernel, dense, mask, gram, jnp.int32(swaps), of=of)
-            (value,) = survivors({"": dense}, {"": kernel}, {"": new}).values()
+            value = jnp.where(new.T, kernel, dense)
         if iterations:
             size = (jnp.int32(iterations), jnp.float32(shrinkage))
             carrying, value = None, solve(value, new, fitted.gram, learned, *size)

@@ -111,9 +111,8 @@ def layerwise(model: Model, sub: SubBlock, config: PruneConfig) -> int:
     shapes, readers, tokens = dict(model.block().shapes), inputs(sub), config.samples * config.length
     sizes = {entering: shapes[paths[0]][0] for entering, paths in readers.items()}
     grams = sum(2 * tokens * size**2 for size in sizes.values())
-    passes = len(sizes) * forward(model, sub, config.samples, config.length) + grams
     crossed = _linear(model, sub.kernels[-1], tokens)
-    passes += crossed
+    passes = len(sizes) * forward(model, sub, config.samples, config.length) + grams + crossed
     products = {path: 2 * shapes[path][0] ** 2 * shapes[path][1] for path in sub.kernels}
     tried = len(SHRINKAGES) * (config.solve + 1) * sum(products.values())
     if config.target == "dense":
