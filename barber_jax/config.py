@@ -144,16 +144,14 @@ class PruneConfig:
     divides the token by, so that a few tokens with massive activations do not rule it."""
     refine: int = 0
     """At most so many swaps in every output by their exact gain in layer-wise error, after the rebuild; 0 = none."""
-    solve: int = 0
-    """Iterations of layer-wise least squares for the surviving weights of each matrix; 0 = none."""
     reconstruct: int = 0
     """Train the weights that survive in each sub-block for so many steps to give the dense outputs; 0 = none."""
     target: Target = "dense"
-    """What --solve and --reconstruct aim at and choices are judged by: dense = the residual stream of the dense model,
+    """What --reconstruct aims at and choices are judged by: dense = the residual stream of the dense model,
     same = the dense sub-block's output on the pruned model's inputs."""
     reconstruct_rate: float = 0.01
     """Learning rate of reconstruction, as a fraction of the root mean square of each matrix's weights."""
-    reconstruct_batch: int = 2
+    reconstruct_batch: int = 1
     """Samples in a step of reconstruction."""
     reconstruct_scope: Trained = "weights"
     """What reconstruction trains: weights = the surviving weights, all = the sub-block's biases and norms too."""
@@ -226,13 +224,13 @@ class PruneConfig:
         self._check_processes()
         for option in ("samples", "length", "batch", "eval_windows", "reconstruct_batch", "rounds"):
             self._require_least(option, 1)
-        for option in ("refine", "solve", "reconstruct"):
+        for option in ("refine", "reconstruct"):
             self._require_least(option, 0)
         if not 0 < self.reconstruct_rate <= 1:
             raise BarberError(f"--reconstruct-rate {self.reconstruct_rate:g} is outside (0, 1]")
         if self.chooses and self.samples < 2:
             raise BarberError(
-                "--samples 1: --alpha auto, --refine, --solve and --reconstruct hold samples apart; use at least 2"
+                "--samples 1: --alpha auto, --refine and --reconstruct hold samples apart; use at least 2"
             )
         if self.length < 2:
             raise BarberError("--length 1 leaves no next token; use at least 2")
@@ -295,12 +293,12 @@ class PruneConfig:
     @property
     def changes(self) -> bool:
         """Whether anything is done after the starting masks."""
-        return bool(self.rebuild or self.refine or self.solve or self.reconstruct)
+        return bool(self.rebuild or self.refine or self.reconstruct)
 
     @property
     def chooses(self) -> bool:
         """Whether something is chosen by its loss on samples held apart."""
-        return bool(self.refine or self.solve or self.reconstruct or (self.rebuild and self.alpha == "auto"))
+        return bool(self.refine or self.reconstruct or (self.rebuild and self.alpha == "auto"))
 
     @property
     def follows_dense(self) -> bool:

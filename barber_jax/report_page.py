@@ -92,7 +92,6 @@ def sentence(record: dict) -> str:
         words.append("not rebuilt")
     for option, what in (
         ("refine", "refined by up to {} swaps an output"),
-        ("solve", "solved in {} iterations"),
         ("reconstruct", "reconstructed in {} steps"),
     ):
         if options.get(option):

@@ -98,9 +98,9 @@ class Stages:
         for place in range(config.rounds):
             if config.rebuild:
                 self._rebuild(sub, dense, sparse, work, streams, watch)
-            if config.refine or config.solve:
-                with watch.stage(f"{sub.name} layerwise"):
-                    self._layerwise(sub, dense, work, streams)
+            if config.refine:
+                with watch.stage(f"{sub.name} refine"):
+                    self._refine(sub, dense, work, streams)
             if config.reconstruct:
                 with watch.stage(f"{sub.name} reconstruct"):
                     self._reconstruct(sub, dense, work, streams, place)
@@ -205,7 +205,8 @@ class Stages:
         """New masks; what they prune is the dense weight again."""
         kernels = {path: work.updated[path] for path in sub.kernels if path in work.updated}
         if kernels:
-            work.updated |= rebuild.survivors({path: dense[path] for path in kernels}, kernels, masks)
+            survivors = rebuild.survivors({path: dense[path] for path in kernels}, kernels, masks)
+            work.updated = {**work.updated, **survivors}
         work.masks = masks
 
     def _swap(
@@ -255,39 +256,37 @@ class Stages:
         importance, loss = rebuild.importance(sub, totals, jnp.float32(self._samples))
         return jax.block_until_ready(importance), float(loss)
 
-    def _layerwise(self, sub: SubBlock, dense: Parameters, work: Work, streams: Streams) -> None:
-        """Refine masks and solve for weights, matrix by matrix, each on what those before it now give; all is undone if
-        it does no good on the samples held apart."""
+    def _refine(self, sub: SubBlock, dense: Parameters, work: Work, streams: Streams) -> None:
+        """Refine masks matrix by matrix, each on what those before it now give; all is undone if it does no good on the
+        samples held apart."""
         before, masks, updated = self._judged(sub, dense, work, streams), work.masks, work.updated
         chosen = {}
         for entering, kernels in layerwise.inputs(sub).items():
-            fitted = self._moments(sub, entering, dense, work, streams, streams.fitted)
-            judging = self._moments(sub, entering, dense, work, streams, streams.judging)
+            fitted = self._gram(sub, entering, dense, work, streams, streams.fitted)
+            judging = self._gram(sub, entering, dense, work, streams, streams.judging)
             for path in kernels:
-                kernel, mask = work.updated.get(path, dense[path]), work.masks[path]
-                given = (kernel, dense[path], mask, fitted, judging, self._config.refine, self._config.solve)
-                best = layerwise.improved(*given, of=self._config.sparsity_pattern.of)
-                chosen[path] = best and [best.shrinkage, best.share]
-                if best is None:
-                    continue
-                work.masks = rebuild.settled(sub, {**work.masks, path: best.mask})
-                if path in work.updated or self._config.solve:
-                    work.updated = {**work.updated, path: best.kernel}
+                kernel, swaps, of = (
+                    work.updated.get(path, dense[path]),
+                    self._config.refine,
+                    self._config.sparsity_pattern.of,
+                )
+                best = layerwise.refined(kernel, dense[path], work.masks[path], fitted, judging, swaps, of=of)
+                chosen[path] = best and best[1]
+                if best:
+                    self._replace(sub, dense, rebuild.settled(sub, {**work.masks, path: best[0]}), work)
         if not self._judged(sub, dense, work, streams) < before:
             work.masks, work.updated, chosen = masks, updated, dict.fromkeys(chosen)
         work.record.setdefault("shrinkage", []).append(chosen)
 
-    def _moments(
+    def _gram(
         self, sub: SubBlock, entering: str, dense: Parameters, work: Work, streams: Streams, chosen: slice
-    ) -> layerwise.Moments:
-        """`layerwise.moments` of some of the chunks."""
-        total = None
-        parameters = {**dense, **work.updated}
-        origin = dense if self._config.target == "dense" else None
+    ) -> jax.Array:
+        """`layerwise.gram` of some of the chunks."""
+        total, parameters = None, {**dense, **work.updated}
         for chunk, wanted in zip(streams.rebuilt.part(chosen), work.target.part(chosen), strict=True):
-            arguments = (self._definition, sub, entering, parameters, origin, work.masks, chunk, wanted)
-            moments = layerwise.moments(*arguments, self._config.token_weighting)
-            total = moments if total is None else jax.tree.map(jnp.add, total, moments)
+            arguments = (self._definition, sub, entering, parameters, work.masks, chunk, wanted)
+            gram = layerwise.gram(*arguments, self._config.token_weighting)
+            total = gram if total is None else total + gram
         return total
 
     def _reconstruct(self, sub: SubBlock, dense: Parameters, work: Work, streams: Streams, place: int) -> None:
@@ -313,7 +312,7 @@ class Stages:
             loss, values = judged()
             if loss < best:
                 best, kept, stopped = loss, values, int(span[-1]) + 1
-        work.updated |= kept
+        work.updated = {**work.updated, **kept}
         work.record.setdefault("steps", []).append(stopped)
 
 

@@ -95,8 +95,8 @@ def of_stages(model: Model, sub: SubBlock, config: PruneConfig) -> dict[str, int
         counts["gradient"] = config.rounds * gradient(model, sub, learned, config.length)
     if config.rebuild and config.alpha == "auto":
         counts["swap"] = config.rounds * len(ALPHAS) * judging
-    if config.refine or config.solve:
-        counts["layerwise"] = config.rounds * (layerwise(model, sub, config) + 2 * judging)
+    if config.refine:
+        counts["refine"] = config.rounds * (refine(model, sub, config) + 2 * judging)
     if config.reconstruct:
         seen = config.reconstruct * config.reconstruct_batch
         # As for the rebuild, less its sparse forward.
@@ -105,20 +105,15 @@ def of_stages(model: Model, sub: SubBlock, config: PruneConfig) -> dict[str, int
     return {f"{sub.name} {stage}": count for stage, count in counts.items()}
 
 
-def layerwise(model: Model, sub: SubBlock, config: PruneConfig) -> int:
-    """Gram matrices of a sub-block's inputs, each from a forward of its own, and for every shrinkage the iterations of
-    --solve and what a candidate loses; swaps are no products."""
-    shapes, readers, tokens = dict(model.block().shapes), inputs(sub), config.samples * config.length
-    sizes = {entering: shapes[paths[0]][0] for entering, paths in readers.items()}
-    grams = sum(2 * tokens * size**2 for size in sizes.values())
-    crossed = _linear(model, sub.kernels[-1], tokens)
-    passes = len(sizes) * forward(model, sub, config.samples, config.length) + grams + crossed
-    products = {path: 2 * shapes[path][0] ** 2 * shapes[path][1] for path in sub.kernels}
-    tried = len(SHRINKAGES) * (config.solve + 1) * sum(products.values())
-    if config.target == "dense":
-        passes += forward(model, sub, config.samples, config.length) + crossed
-        tried += len(SHRINKAGES) * config.solve * products[sub.kernels[-1]]
-    return passes + tried
+def refine(model: Model, sub: SubBlock, config: PruneConfig) -> int:
+    """Gram matrices of a sub-block's inputs, each from a forward of its own, and what every matrix loses under its mask
+    and under the one of every shrinkage; swaps are no products."""
+    shapes, tokens = dict(model.block().shapes), config.samples * config.length
+    sizes = [shapes[paths[0]][0] for paths in inputs(sub).values()]
+    grams = sum(2 * tokens * size**2 for size in sizes)
+    passes = len(sizes) * forward(model, sub, config.samples, config.length)
+    losses = (1 + len(SHRINKAGES)) * sum(2 * shapes[path][0] ** 2 * shapes[path][1] for path in sub.kernels)
+    return passes + grams + losses
 
 
 def of_run(model: Model, config: PruneConfig) -> dict[str, int]:

@@ -14,7 +14,7 @@ PERPLEXITY, ZERO_SHOT = "perplexity.json", "zero_shot.json"
 REBUILD = ("granularity", "alpha", "metric", "retain_reconstruction")
 """Options that only a rebuild looks at."""
 STAGES = (
-    *("token_weighting", "target", "rounds", "refine", "solve"),
+    *("token_weighting", "target", "rounds", "refine"),
     *("reconstruct", "reconstruct_rate", "reconstruct_batch", "reconstruct_scope"),
 )
 """Options of what else follows the starting masks."""

@@ -94,14 +94,14 @@ def test_given_masks_and_offloaded_streams_on_a_mesh(tmp_path):
 
 
 def test_stages_on_a_mesh(tmp_path):
-    """Choices, refinement, least squares and training; as many samples as hold the same ones apart on every mesh."""
+    """Choices, refinement and training; as many samples as hold the same ones apart on every mesh."""
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 200, (64, 16)))
     common = ["--ckpt", LLAMA, "--calibration", tmp_path / "ids.npy", "--samples", "64", "--length", "16"]
     common += ["--token-weighting", "norm"]
     settings = {
         "chosen": ["--alpha", "auto", "--method", "magnitude"],
         "refined": ["--no-rebuild", "--refine", "10"],
-        "trained": [*("--solve", "5", "--reconstruct", "6", "--reconstruct-batch", "8"), "--no-rebuild"],
+        "trained": ["--reconstruct", "6", "--reconstruct-batch", "8", "--no-rebuild"],
     }
     meshes = ["data=8,model=1", "data=2,model=4"]
     on_eight_devices(

@@ -119,16 +119,13 @@ def test_stages(model, place):
     lower(lambda p, m, s, t: targets.loss(block, sub, p, m, s, t, "norm"), weights, masks, stream, stream)
     for entering, (path, *_) in layerwise.inputs(sub).items():
         inputs, outputs = shapes[path]
-        arguments = (weights, weights, masks, stream, stream)
-        gram, *_ = lower(
-            lambda p, d, m, s, t, name=entering: layerwise.moments(block, sub, name, p, d, m, s, t, "norm"), *arguments
+        arguments = (weights, masks, stream, stream)
+        (gram,) = lower(
+            lambda p, m, s, t, name=entering: layerwise.gram(block, sub, name, p, m, s, t, "norm"), *arguments
         )
-        wide = like(shapes[path])
         assert gram.shape == (inputs, inputs)
         kernel, mask, count = like(shapes[path], dtype), like((outputs, inputs), bool), like((), jnp.int32)
-        lower(layerwise.solve, kernel, mask, gram, wide, count, like(()))
-        lower(layerwise.combine, wide, wide, mask, gram, wide, wide)
-        lower(layerwise.misfit, kernel, mask, gram, wide)
+        lower(layerwise.loss, kernel, kernel, mask, gram)
         for of in (0, 4):
             lower(lambda k, d, m, g, n, of=of: refine.refine(k, d, m, g, n, of=of), kernel, kernel, mask, gram, count)
     plan = reconstruct.Plan(100, 0.01, "norm")

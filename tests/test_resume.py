@@ -30,7 +30,7 @@ METHODS = {
     "offloaded": ["--batch", "2", "--offload-activations"],
     "chosen": ["--method", "magnitude", "--alpha", "auto", "--target", "same"],
     "trained": [
-        *("--refine", "3", "--solve", "3", "--reconstruct", "4", "--reconstruct-rate", "0.1", "--rounds", "2"),
+        *("--refine", "3", "--reconstruct", "4", "--reconstruct-rate", "0.1", "--rounds", "2"),
         *("--reconstruct-scope", "all", "--token-weighting", "norm"),
     ],
 }

@@ -1,4 +1,4 @@
-"""Token weighting, held-out choices, layer-wise least squares and reconstruction, against plain recomputations."""
+"""Token weighting, held-out choices, refinement on other samples and reconstruction, against plain recomputations."""
 
 import json
 
@@ -17,6 +17,7 @@ from barber_jax.convert.mask_file import read_masks
 from barber_jax.convert.parameters import read_parameters
 from barber_jax.errors import BarberError
 from barber_jax.models import build_model
+from barber_jax.refine import refine
 
 FAMILIES = ("llama", "opt", "opt-post-norm")
 
@@ -157,82 +158,47 @@ def test_every_sample_has_its_turn():
     np.testing.assert_array_equal(chosen, reconstruct.schedule(6, 9, 4, seed=3))
 
 
-def test_solve_is_least_squares_on_each_outputs_support():
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(200, 12)) @ rng.normal(size=(12, 12))
-    x[:, 4] = 0  # dead
-    kernel, wanted, mask = rng.normal(size=(12, 7)), rng.normal(size=(200, 7)), rng.random((7, 12)) < 0.5
-    mask[0], mask[1] = False, True
-    gram = x.T @ x
-    ridge = 0.3 * np.diagonal(gram)
-    gained = layerwise.solve(
-        *(jnp.asarray(each, jnp.float32) for each in (kernel,)), jnp.asarray(mask), jnp.asarray(gram, jnp.float32),
-        jnp.asarray(x.T @ wanted, jnp.float32), jnp.int32(60), jnp.float32(0.3),
-    )  # fmt: skip
-    for output, kept in enumerate(mask):
-        # A dead input's weight is as good as any: it stays.
-        np.testing.assert_allclose(gained[4, output], kernel[4, output], rtol=1e-6)
-        alive = kept & (np.arange(12) != 4)
-        own = gram[np.ix_(alive, alive)] + np.diag(ridge[alive])
-        best = np.linalg.solve(own, (x.T @ wanted)[alive, output] + ridge[alive] * kernel[alive, output])
-        np.testing.assert_allclose(gained[alive, output], best, rtol=1e-2, atol=2e-3)
-        np.testing.assert_allclose(gained[~kept, output], kernel[~kept, output], rtol=1e-6)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_moments_are_those_of_the_inputs_under_the_masks(family, tmp_path):
+def test_gram_is_that_of_the_inputs_under_the_masks(family, tmp_path):
     _, model, parameters, hidden = tiny(tmp_path, family)
     definition, masks = model.block(), random_masks(model, parameters)
     for sub in model.sub_blocks:
         own = of(sub, masks)
-        given = targets.same(definition, sub, parameters, hidden)
-        target = given * 1.1 + 0.2
+        target = targets.same(definition, sub, parameters, hidden) * 1.1 + 0.2
         sparse = {path: jnp.where(mask.T, parameters[path], 0) for path, mask in own.items()}
         block, seen = definition.bind({**parameters, **sparse}), {}
         block.apply(sub.name, block.enter(sub.name, hidden[0]), seen.__setitem__)
+        spread = np.asarray(hidden[0] + target[0], np.float64)
+        spread = np.var(spread, -1) if family.startswith("opt") else np.mean(np.square(spread), -1)
         for entering, readers in layerwise.inputs(sub).items():
             x = np.asarray(seen[entering], np.float64).reshape(-1, parameters[readers[0]].shape[0])
-
-            def near(got, left, x=x):
-                want = x.T @ np.asarray(left).reshape(len(x), -1)
-                np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
-
-            dense = layerwise.moments(definition, sub, entering, parameters, parameters, own, hidden, target, "none")
-            same = layerwise.moments(definition, sub, entering, parameters, None, own, hidden, target, "none")
-            near(dense.gram, x)
-            assert same.carried is None
-            if sub.kernels[-1] in readers:
-                bias = np.asarray(parameters.get(sub.kernels[-1].replace("kernel", "bias"), 0.0))
-                near(same.ending, target - bias)
-                near(dense.ending, given - bias)
-                near(dense.carried, target - given)
-            else:
-                assert dense.ending is same.ending is dense.carried is None
+            for weighting, weights in (("none", np.ones(len(x))), ("norm", 1 / spread.reshape(-1))):
+                gram = layerwise.gram(definition, sub, entering, parameters, own, hidden, target, weighting)
+                want = x.T @ (weights[:, None] * x)
+                np.testing.assert_allclose(gram, want, rtol=1e-3, atol=1e-4 * np.abs(want).max())
 
 
-def test_the_share_of_a_correction_is_best_on_other_samples():
+def test_a_mask_is_refined_with_the_shrinkage_that_is_best_on_other_samples():
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(50, 6))
-    aim, carried, u, d = rng.normal(size=(50, 3)), rng.normal(size=(50, 3)), *rng.normal(size=(2, 6, 3))
-    mask = rng.random((3, 6)) < 0.6
+    mixing = rng.normal(size=(24, 24))
+    fitted, judging = (rng.normal(size=(size, 24)) @ mixing for size in (30, 200))
+    kernel, mask = rng.normal(size=(24, 8)), np.arange(24) % 2 == rng.integers(0, 2, (8, 1))
 
-    def error(v):
-        return np.square(x @ np.where(mask.T, v, 0) - aim - carried).sum()
+    def error(mask):
+        return np.square(judging @ (np.where(mask.T, kernel, 0) - kernel)).sum()
 
-    moments = [jnp.asarray(each, jnp.float32) for each in (x.T @ x, x.T @ aim, x.T @ carried)]
-    for sign in (1, -1):
-        given = jnp.asarray(u, jnp.float32), jnp.asarray(sign * d, jnp.float32), jnp.asarray(mask)
-        value, share = layerwise.combine(*given, *moments)
-        shares = np.linspace(0, 3, 301)
-        best = min(shares, key=lambda t, sign=sign: error(u + sign * t * d))
-        assert share == pytest.approx(best, abs=0.006)
-        want = np.where(mask.T, u + share * sign * d, u)
-        np.testing.assert_allclose(value, want, rtol=1e-5, atol=1e-5)
-        misfit = layerwise.misfit(value, jnp.asarray(mask), moments[0], moments[1] + moments[2])
-        assert misfit + np.square(aim + carried).sum() == pytest.approx(error(np.asarray(value)), rel=1e-4)
-    value, share = layerwise.combine(given[0], None, given[2], *moments[:2], None)
-    assert share == 0
-    np.testing.assert_array_equal(value, given[0])
+    weights, kept = jnp.asarray(kernel, jnp.float32), jnp.asarray(mask)
+    gram, other = (jnp.asarray(x.T @ x, jnp.float32) for x in (fitted, judging))
+    assert layerwise.loss(weights, weights, kept, other) == pytest.approx(error(mask), rel=1e-4)
+    new, shrinkage = layerwise.refined(weights, weights, kept, gram, other, 20, of=0)
+    found = {}
+    for s in layerwise.SHRINKAGES:
+        found[s], *_ = refine(weights, weights, kept, gram + s * jnp.diag(jnp.diagonal(gram)), jnp.int32(20))
+    assert shrinkage == min(found, key=lambda s: error(np.asarray(found[s])))
+    np.testing.assert_array_equal(new, found[shrinkage])
+    assert error(np.asarray(new)) < error(mask)
+    # Samples on which nothing is lost know nothing better.
+    assert layerwise.refined(weights, weights, kept, gram, jnp.zeros_like(other), 20, of=0) is None
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +230,7 @@ RUNS = {
     "all": (*RECONSTRUCT, "--reconstruct-scope", "all", "--rounds", "2", "--alpha", "0.2"),
     "2:4": (*RECONSTRUCT, "--pattern", "2:4", "--alpha", "auto", "--refine", "20"),
     "sparsegpt": (*RECONSTRUCT, "--method", "sparsegpt", "--no-rebuild"),
-    "solve": ("--solve", "30", "--refine", "20", "--no-rebuild"),
+    "refine": ("--refine", "20", "--no-rebuild", "--token-weighting", "norm"),
     "auto": ("--alpha", "auto", "--granularity", "layer"),
 }
 
@@ -276,7 +242,7 @@ def test_what_is_held_apart_is_never_worse_and_zeros_are_exact(name, family, inp
     dense = load_file(inputs / family / "model.safetensors")
     moved = {matrix: (tensors[matrix] != dense[matrix])[mask].any() for matrix, mask in masks.items()}
     # Where training does no good on samples held apart, a sub-block stays as it was.
-    assert any(moved.values()) == (name != "auto")
+    assert any(moved.values()) == (name not in ("auto", "refine"))
     for matrix, mask in masks.items():
         assert not tensors[matrix][~mask].any()
         if name == "2:4":
@@ -290,7 +256,7 @@ def test_what_is_held_apart_is_never_worse_and_zeros_are_exact(name, family, inp
         if name == "auto":
             assert len(sub["alpha"]) == 1 and sub["alpha"][0] in stages.ALPHAS
     assert any(sub["apart_after"] < sub["apart_before"] for sub in subs)
-    if name in ("reconstruct", "same", "all", "solve"):
+    if name in ("reconstruct", "same", "all"):
         assert sum(sub["loss_after"] for sub in subs) < 0.9 * sum(sub["loss_before"] for sub in subs)
     rest = {n for n in dense if n not in masks and not np.array_equal(dense[n], tensors[n])}
     if name == "all":
@@ -345,7 +311,6 @@ def _by_magnitude(weight):
         (["--reconstruct-batch", "0"], "--reconstruct-batch 0 must be at least 1"),
         (["--rounds", "0"], "--rounds 0 must be at least 1"),
         (["--refine", "-3"], "--refine -3 must be at least 0"),
-        (["--solve", "-3"], "--solve -3 must be at least 0"),
         (["--alpha", "automatic"], "alpha"),
         (["--alpha", "1.5"], r"--alpha 1.5 is outside \[0, 1\]"),
         (["--token-weighting", "rms"], "token-weighting"),
@@ -360,7 +325,7 @@ def test_bad_options(options, complaint, inputs, tmp_path):
 
 
 def test_offloaded_and_smaller_micro_batches_train_alike(inputs, tmp_path):
-    options = ("--reconstruct", "8", "--reconstruct-batch", "4", "--rounds", "2", "--alpha", "0.2", "--solve", "5")
+    options = ("--reconstruct", "8", "--reconstruct-batch", "4", "--rounds", "2", "--alpha", "0.2", "--refine", "5")
     _, whole, masks = pruned(inputs, tmp_path / "whole", *options, "--batch", "4")
     for name, others in {"small": ["--batch", "1"], "away": ["--batch", "2", "--offload-activations"]}.items():
         _, tensors, again = pruned(inputs, tmp_path / name, *options, *others)
