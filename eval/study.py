@@ -14,8 +14,9 @@ from barber_jax.convert.export import writing
 from barber_jax.errors import BarberError, exit_with_one_line
 from barber_jax.eval.agreement import Overlap, agreement, refusal
 from barber_jax.eval.grid import read_grid, run_grid
-from barber_jax.eval.runs import REBUILD, Run, load_runs
+from barber_jax.eval.runs import Run, load_runs
 from barber_jax.eval.study_page import page_parts
+from barber_jax.eval.tables import Table, columns, over_seeds
 
 PAIRS = 30
 """More pairs of runs than these are for the page alone."""
@@ -44,51 +45,6 @@ class StudyConfig:
             raise BarberError("nothing to compare; give folders of runs, or --grid FILE --ckpt CHECKPOINT")
 
 
-def columns(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
-    """The table of a study: head, and a row for each run. Options are shown where runs differ."""
-    settings = [run.settings for run in runs]
-    pruned = [own for own in settings if own]
-    options = list(dict.fromkeys(key for own in pruned for key in own))
-
-    def differs(key: str) -> bool:
-        # What a run without a rebuild has no use for is no difference.
-        return len({str(own.get(key)) for own in pruned if own["rebuild"] or key not in REBUILD}) > 1
-
-    varied = [key for key in options if differs(key)]
-    sources = list(dict.fromkeys(source for run in runs for source in run.perplexity))
-    tasks = list(dict.fromkeys(task for run in runs for task in run.zero_shot))
-    head = ["run", *(f"--{key.replace('_', '-')}" for key in varied), "sparsity"]
-    head += [f"perplexity, {Path(source).name}" for source in sources] + [_task(task, runs) for task in tasks]
-    head += ["swaps", "loss before", "loss after", "seconds", "GiB host", "GiB device", "device"]
-    rows = []
-    for run, own in zip(runs, settings, strict=True):
-        record = run.record or {}
-        totals, memory, device = record.get("totals", {}), record.get("peak_memory", {}), record.get("device")
-        row = [run.name, *("" if own.get(key) is None else str(own[key]) for key in varied)]
-        row += [_number(totals.get("sparsity"), ".4f")]
-        row += [_number(run.perplexity.get(source), ".2f") for source in sources]
-        row += [_number(run.zero_shot.get(task), ".2f", 100) for task in tasks]
-        row += [_number(totals.get("swaps"), ",")]
-        row += [_number(totals.get(key), ".4g") for key in ("loss_before", "loss_after")] + [
-            _number(run.seconds, ".1f")
-        ]
-        row += [_number(memory.get(key), ".2f", 2**-30) for key in ("host_bytes", "device_bytes")]
-        row += [f"{device['count']} x {device['kind']}" if device else ""]
-        rows.append(row)
-    filled = [place for place in range(len(head)) if any(row[place] for row in rows)]
-    return [head[place] for place in filled], [[row[place] for place in filled] for row in rows]
-
-
-def _task(task: str, runs: list[Run]) -> str:
-    limits = {run.limit for run in runs if run.zero_shot}
-    shown = "zero-shot mean" if task == "mean" else task
-    return shown + (f" (first {limits.pop()})" if len(limits) == 1 and limits != {None} else "")
-
-
-def _number(value: float | None, form: str, scale: float = 1) -> str:
-    return "" if value is None else format(value * scale if scale != 1 else value, form)
-
-
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     """A table as GitHub and others read it."""
 
@@ -99,7 +55,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join([line(head), rule, *map(line, rows)]) + "\n"
 
 
-def agreement_table(pairs: Pairs) -> tuple[list[str], list[list[str]]]:
+def agreement_table(pairs: Pairs) -> Table:
     """Jaccard indices of every pair, over all weights and in the matrix that agrees least."""
     head = ["runs", "pruned sets", "lowest matrix", "swaps", "lowest matrix"]
     rows = []
@@ -149,15 +105,17 @@ def study(runs: list[Run], out: Path, compare: str = "auto") -> str:
     # `agreement` raises the reason where there is one.
     reason = {"auto": refusal(runs), "require": None, "skip": "masks were not compared, as asked"}[compare]
     pairs = [] if reason else agreement(runs)
-    head, rows = columns(runs)
-    text = markdown(head, rows)
+    table, seeds = columns(runs), over_seeds(runs)
+    text = markdown(*table)
+    if seeds:
+        text += "\nOver seeds, mean ± standard deviation:\n\n" + markdown(*seeds)
     if len(pairs) > PAIRS:
         text += f"\nAgreement of masks: {len(pairs)} pairs, in study.html and study.json\n"
     elif pairs:
         text += "\nAgreement of masks (Jaccard index):\n\n" + markdown(*agreement_table(pairs))
     else:
         text += f"\n{reason}\n"
-    html = page("barber_jax study", page_parts(runs, head, rows, pairs, agreement_table(pairs), reason))
+    html = page("barber_jax study", page_parts(runs, table, seeds, pairs, agreement_table(pairs), reason))
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         (out / "study.md").write_text(text, encoding="utf-8")

@@ -6,21 +6,25 @@ import numpy as np
 
 from barber_jax.eval.agreement import Overlap
 from barber_jax.eval.runs import Run
+from barber_jax.eval.tables import Table
 from barber_jax.figures import MAP, SERIES, Plots, heat, stacked
 from barber_jax.page import table
 
 
 def page_parts(
     runs: list[Run],
-    head: list[str],
-    rows: list[list[str]],
+    whole: Table,
+    seeds: Table | None,
     pairs: list[tuple[Run, Run, Overlap, Overlap | None]],
-    agreed: tuple[list[str], list[list[str]]],
+    agreed: Table,
     reason: str | None,
 ) -> Iterator[str]:
     """The page's parts; `reason` says why masks are not compared."""
     yield f"<h1>Study of {len(runs)} runs</h1>"
-    yield table(head, rows)
+    yield table(*whole)
+    if seeds:
+        yield "<h2>Over seeds</h2><p class='soft'>Mean ± standard deviation of runs that differ in --seed alone.</p>"
+        yield table(*seeds)
     yield "<h2>Measured</h2><div class='plots'>" + "".join(_measured(runs)) + "</div>"
     yield "<h2>Agreement of masks</h2>"
     if not pairs:

@@ -101,6 +101,26 @@ def test_the_command_writes_tables_and_pages(folders, tmp_path):
     assert html.count("<figure") == 6 and "http://" not in html.replace("http://www.w3.org", "")
 
 
+def test_runs_that_differ_in_their_seed_alone_are_put_together(folders, tmp_path):
+    copies = []
+    for seed, perplexity in ((1, 10.0), (2, 12.0), (7, 17.0)):
+        copies.append(shutil.copytree(folders[2], tmp_path / f"seed{seed}"))
+        record = json.loads((copies[-1] / "run.json").read_text())
+        record["options"]["seed"] = seed
+        (copies[-1] / "run.json").write_text(json.dumps(record))
+        measured = {"ckpt": "x", "source": "text.txt", "perplexity": perplexity, "windows": 1}
+        (copies[-1] / "perplexity.json").write_text(json.dumps(measured))
+    text = study_module.study(load_runs([folders[0], *copies]), tmp_path / "out")
+    _, _, table = text.partition("Over seeds, mean ± standard deviation:\n\n")
+    head, _, row, *_ = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    assert (head[0], row[0]) == ("runs", "3")
+    assert "--seed" not in head and "--method" not in head
+    # Of 10, 12 and 17, by hand: deviations -3, -1 and 4, squares 26, over 2 runs 13.
+    assert row[head.index("perplexity, text.txt")] == "13.00 ± 3.61"
+    assert "<h2>Over seeds</h2>" in (tmp_path / "out" / "study.html").read_text()
+    assert "Over seeds" not in study_module.study(load_runs(folders), tmp_path / "out")
+
+
 def refused(*arguments):
     done = command("eval.study", *arguments)
     assert (done.returncode, done.stdout) == (2, ""), done.stdout
@@ -263,7 +283,7 @@ def test_a_grid_of_stages_shares_starts_and_gives_what_single_runs_give(tmp_path
     path.write_text(f"""
 prune: {{calibration: {IDS}, samples: 4, length: 32, batch: 1, method: sparsegpt}}
 sweep:
-  - {{rebuild: false, reconstruct: [0, 3], solve: [2]}}
+  - {{rebuild: false, reconstruct: [0, 3], refine: [2]}}
   - {{alpha: auto, rounds: 2}}
 dense: false
 """)
@@ -271,7 +291,7 @@ dense: false
     assert [each.start is None for each in todo] == [True, False, False, False]
     folders = run_grid(read_grid([path]), str(LLAMA), tmp_path / "out", lambda line: None)
     single = tmp_path / "single"
-    options = ["--method", "sparsegpt", "--no-rebuild", "--batch", 1, "--reconstruct", 3, "--solve", 2]
+    options = ["--method", "sparsegpt", "--no-rebuild", "--batch", 1, "--reconstruct", 3, "--refine", 2]
     prune_masks(single, LLAMA, IDS, *QUICK, *options)
     made = next(folder for folder in folders if "reconstruct=3" in folder.name)
     assert (made / "model.safetensors").read_bytes() == (single / "model.safetensors").read_bytes()
@@ -281,8 +301,8 @@ def test_the_grids_that_come_with_the_package():
     from barber_jax.eval import grid
 
     shipped = sorted((study_module.Path(grid.__file__).parent / "grids").glob("*.yaml"))
-    assert len(shipped) == 9
-    small = [path for path in shipped if path.name in ("smollm2.yaml", "wikitext2.yaml")]
+    assert len(shipped) == 10
+    small = [path for path in shipped if path.name in ("smollm2.yaml", "smollm2_64.yaml", "wikitext2.yaml")]
     for path in shipped:
         if path in small:
             continue
