@@ -147,8 +147,8 @@ class PruneConfig:
     reconstruct: int = 0
     """Train the weights that survive in each sub-block for so many steps to give the dense outputs; 0 = none."""
     target: Target = "dense"
-    """What --reconstruct aims at and choices are judged by: dense = the residual stream of the dense model,
-    same = the dense sub-block's output on the pruned model's inputs."""
+    """What --reconstruct aims at and choices are judged by: dense = the residual stream of the dense model, same = the
+    dense sub-block's output on the pruned model's inputs."""
     reconstruct_rate: float = 0.01
     """Learning rate of reconstruction, as a fraction of the root mean square of each matrix's weights."""
     reconstruct_batch: int = 1

@@ -15,7 +15,7 @@ from barber_jax.mesh import DATA, constrain
 from barber_jax.models.decoder import BlockDefinition, SubBlock
 from barber_jax.passes import Parameters, sparsify
 from barber_jax.rebuild import token_weights
-from barber_jax.refine import refine
+from barber_jax.refine import errors, refine
 
 SHRINKAGES = (0.01, 0.1, 0.5, 2.0)
 """Fractions of its diagonal that are added to G, to choose from. Few samples tell little of how inputs go together, and
@@ -76,8 +76,8 @@ def shrunk(gram: jax.Array, shrinkage: jax.Array) -> jax.Array:
 @jax.jit
 def loss(kernel: jax.Array, dense: jax.Array, mask: jax.Array, gram: jax.Array) -> jax.Array:
     """Squared error, summed over tokens and outputs, of a kernel [I, O] under a mask [O, I] against the dense one's."""
-    e = jnp.where(mask.T, kernel.astype(jnp.float32), 0.0) - dense.astype(jnp.float32)
-    return constrain(jnp.sum(e * jnp.matmul(gram, e, precision=lax.Precision.HIGHEST)))
+    _, lost = errors(kernel.astype(jnp.float32).T, dense.astype(jnp.float32).T, mask, gram)
+    return constrain(jnp.sum(lost))
 
 
 def refined(

@@ -74,10 +74,10 @@ def refine(
         slope += jnp.where(better, _at(change, lost) * gram[lost[:, 0]] + _at(change, found) * gram[found[:, 0]], 0.0)
         return step + 1, mask ^ flips, slope, jnp.any(better)
 
-    slope, before = _error(weights, target, mask, gram)
+    slope, before = errors(weights, target, mask, gram)
     state = (jnp.int32(0), mask, slope, jnp.bool(True))
     new = lax.while_loop(lambda state: state[3] & (state[0] < swaps), improve, state)[1]
-    _, after = _error(weights, target, new, gram)
+    _, after = errors(weights, target, new, gram)
     # The guard is what rounding is expected to be, not a bound: what was measured to be worse is not taken.
     worse = after > before
     new = jnp.where(worse[:, None], mask, new)
@@ -86,8 +86,16 @@ def refine(
     return new, jnp.sum(before), jnp.sum(jnp.where(worse, before, after))
 
 
-def _error(weights: jax.Array, target: jax.Array, mask: jax.Array, gram: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """c = G e [O, I] and e^T G e [O]."""
+def errors(weights: jax.Array, target: jax.Array, mask: jax.Array, gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What each output's weights lose.
+
+    Args:
+        weights, target: float32 [O, I], the weights where kept, and those whose output is to be met.
+        mask: bool [O, I]. gram: float32 [I, I].
+
+    Returns:
+        c = G e [O, I] and e^T G e [O].
+    """
     error = target - jnp.where(mask, weights, 0.0)
     slope = jnp.matmul(error, gram, precision=lax.Precision.HIGHEST)
     return slope, jnp.sum(error * slope, axis=1)

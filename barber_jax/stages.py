@@ -260,16 +260,13 @@ class Stages:
         """Refine masks matrix by matrix, each on what those before it now give; all is undone if it does no good on the
         samples held apart."""
         before, masks, updated = self._judged(sub, dense, work, streams), work.masks, work.updated
+        swaps, of = self._config.refine, self._config.sparsity_pattern.of
         chosen = {}
         for entering, kernels in layerwise.inputs(sub).items():
             fitted = self._gram(sub, entering, dense, work, streams, streams.fitted)
             judging = self._gram(sub, entering, dense, work, streams, streams.judging)
             for path in kernels:
-                kernel, swaps, of = (
-                    work.updated.get(path, dense[path]),
-                    self._config.refine,
-                    self._config.sparsity_pattern.of,
-                )
+                kernel = work.updated.get(path, dense[path])
                 best = layerwise.refined(kernel, dense[path], work.masks[path], fitted, judging, swaps, of=of)
                 chosen[path] = best and best[1]
                 if best:

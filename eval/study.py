@@ -12,15 +12,14 @@ from rich.console import Console
 from barber_jax.command import parse
 from barber_jax.convert.export import writing
 from barber_jax.errors import BarberError, exit_with_one_line
-from barber_jax.eval.agreement import Overlap, agreement, refusal
+from barber_jax.eval.agreement import agreement, refusal
 from barber_jax.eval.grid import read_grid, run_grid
 from barber_jax.eval.runs import Run, load_runs
 from barber_jax.eval.study_page import page_parts
-from barber_jax.eval.tables import Table, columns, over_seeds
+from barber_jax.eval.tables import Pairs, agreement_table, columns, markdown, over_seeds
 
 PAIRS = 30
 """More pairs of runs than these are for the page alone."""
-Pairs = list[tuple[Run, Run, Overlap, Overlap | None]]
 
 
 @dataclass(frozen=True)
@@ -43,26 +42,6 @@ class StudyConfig:
             raise BarberError("--grid and --ckpt go together: what to run, and on which checkpoint")
         if not self.grid and not self.folders:
             raise BarberError("nothing to compare; give folders of runs, or --grid FILE --ckpt CHECKPOINT")
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A table as GitHub and others read it."""
-
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    rule = "|" + "|".join("---" if place == 0 else "--:" for place in range(len(head))) + "|"
-    return "\n".join([line(head), rule, *map(line, rows)]) + "\n"
-
-
-def agreement_table(pairs: Pairs) -> Table:
-    """Jaccard indices of every pair, over all weights and in the matrix that agrees least."""
-    head = ["runs", "pruned sets", "lowest matrix", "swaps", "lowest matrix"]
-    rows = []
-    for one, other, pruned, swapped in pairs:
-        row = [f"{one.name} / {other.name}", f"{pruned.whole:.4f}", f"{min(pruned.matrices.values()):.4f}"]
-        rows.append(row + ([f"{swapped.whole:.4f}", f"{min(swapped.matrices.values()):.4f}"] if swapped else ["", ""]))
-    return head, rows
 
 
 def as_json(runs: list[Run], pairs: Pairs) -> dict:

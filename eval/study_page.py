@@ -6,7 +6,7 @@ import numpy as np
 
 from barber_jax.eval.agreement import Overlap
 from barber_jax.eval.runs import Run
-from barber_jax.eval.tables import Table
+from barber_jax.eval.tables import Pairs, Table
 from barber_jax.figures import MAP, SERIES, Plots, heat, stacked
 from barber_jax.page import table
 
@@ -15,7 +15,7 @@ def page_parts(
     runs: list[Run],
     whole: Table,
     seeds: Table | None,
-    pairs: list[tuple[Run, Run, Overlap, Overlap | None]],
+    pairs: Pairs,
     agreed: Table,
     reason: str | None,
 ) -> Iterator[str]:
@@ -81,7 +81,7 @@ def _measured(runs: list[Run]) -> Iterator[str]:
         yield plots.draw(_dots(shown, "GiB"), "Peak memory", size)
 
 
-def _agreement(pairs: list[tuple[Run, Run, Overlap, Overlap | None]]) -> Iterator[str]:
+def _agreement(pairs: Pairs) -> Iterator[str]:
     plots = Plots()
     names = list(dict.fromkeys(run.name for one, other, _, _ in pairs for run in (one, other)))
     for what, place in (("pruned sets", 2), ("swaps", 3)):

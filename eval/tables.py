@@ -1,14 +1,17 @@
-"""The tables of a study: its runs, and what runs that differ in their seed alone have in common."""
+"""The tables of a study: its runs, runs that differ in their seed alone, agreement of masks; and tables as Markdown."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
+from barber_jax.eval.agreement import Overlap
 from barber_jax.eval.runs import REBUILD, Run
 
 Table = tuple[list[str], list[list[str]]]
 """Head, and rows."""
+Pairs = list[tuple[Run, Run, Overlap, Overlap | None]]
+"""Two runs, the agreement of what they prune, and that of their swaps where both starts are known."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,26 @@ def over_seeds(runs: list[Run]) -> Table | None:
         [str(len(group)), *_given(group[0], varied), *(figure.over(group) for figure in shown)] for group in several
     ]
     return ["runs", *map(_option, varied), *(figure.title for figure in shown)], rows
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table as GitHub and others read it."""
+
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    rule = "|" + "|".join("---" if place == 0 else "--:" for place in range(len(head))) + "|"
+    return "\n".join([line(head), rule, *map(line, rows)]) + "\n"
+
+
+def agreement_table(pairs: Pairs) -> Table:
+    """Jaccard indices of every pair, over all weights and in the matrix that agrees least."""
+    head = ["runs", "pruned sets", "lowest matrix", "swaps", "lowest matrix"]
+    rows = []
+    for one, other, pruned, swapped in pairs:
+        row = [f"{one.name} / {other.name}", f"{pruned.whole:.4f}", f"{min(pruned.matrices.values()):.4f}"]
+        rows.append(row + ([f"{swapped.whole:.4f}", f"{min(swapped.matrices.values()):.4f}"] if swapped else ["", ""]))
+    return head, rows
 
 
 def _varied(runs: list[Run]) -> list[str]:
