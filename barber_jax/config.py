@@ -11,7 +11,7 @@ import tyro
 from barber_jax.convert.formats import Format
 from barber_jax.errors import BarberError
 
-Method = Literal["magnitude", "wanda", "sparsegpt", "wanda++"]
+Method = Literal["magnitude", "wanda", "sparsegpt"]
 Allocation = Literal["uniform", "owl"]
 Granularity = Literal["block", "layer", "output1", "input1"]
 Metric = Literal["wd", "w", "d"]
@@ -24,10 +24,8 @@ PUBLISHED: dict[str, tuple[Granularity, float]] = {
     "magnitude": ("block", 0.1),
     "wanda": ("output1", 0.01),
     "sparsegpt": ("layer", 0.1),
-    "wanda++": ("output1", 0.01),
 }
-"""Starting criterion -> granularity and alpha as published (arXiv 2408.10631, table of settings; wanda++, which is not
-there, as wanda)."""
+"""Starting criterion -> granularity and alpha as published (arXiv 2408.10631, table of settings)."""
 OWL_LAMBDA, OWL_M = 0.08, 5.0
 """As published for LLaMA (arXiv 2310.05175)."""
 
@@ -129,8 +127,8 @@ class PruneConfig:
     rebuild: bool = True
     """Rebuild the starting mask; without it the starting mask is the result."""
     granularity: Granularity | None = None
-    """Group in which weights compete during the rebuild. Default as published: wanda, wanda++ (and given masks)
-    output1, magnitude block, sparsegpt layer."""
+    """Group in which weights compete during the rebuild. Default as published: wanda (and given masks) output1,
+    magnitude block, sparsegpt layer."""
     alpha: float | Literal["auto"] | None = None
     """Fraction of the mask outliers to swap, in [0, 1], or 'auto': for each sub-block what lowers its loss on samples
     held apart most. Default as published: wanda (and given masks) 0.01, magnitude and sparsegpt 0.1."""

@@ -60,11 +60,6 @@ def parameter_axes(sub_blocks: Sequence[SubBlock]) -> dict[str, tuple[str | None
     return axes
 
 
-def constrain_kernels(sub: SubBlock, kernels: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """`constrain` for kernels [in, out] by path."""
-    return {path: constrain(kernel, *kernel_axes(sub, path)) for path, kernel in kernels.items()}
-
-
 class Devices:
     """What the computation runs on: one device, or a mesh.
 

@@ -18,7 +18,7 @@ from jax import lax
 
 from barber_jax import masks as selection
 from barber_jax.config import SparsityPattern, TokenWeighting
-from barber_jax.mesh import DATA, constrain, constrain_kernels, groups, kernel_axes, mask_axes
+from barber_jax.mesh import DATA, constrain, groups, kernel_axes, mask_axes
 from barber_jax.models.decoder import Block, BlockDefinition, SubBlock
 from barber_jax.passes import Parameters, sparsify
 
@@ -141,7 +141,8 @@ def importance(sub: SubBlock, totals: Totals, samples: jax.Array) -> tuple[dict[
         loss: mean of loss_s over samples.
     """
     root = {path: jnp.sqrt(jnp.sum(square, axis=0) / samples) for path, square in totals.squares.items()}
-    return constrain_kernels(sub, root), constrain(jnp.sum(totals.errors) / samples)
+    root = {path: constrain(mean, *kernel_axes(sub, path)) for path, mean in root.items()}
+    return root, constrain(jnp.sum(totals.errors) / samples)
 
 
 @jax.jit

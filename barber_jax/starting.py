@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from barber_jax import block_gradient, passes
+from barber_jax import passes
 from barber_jax.activations import Stream
 from barber_jax.config import SparsityPattern
 from barber_jax.convert.checkpoint import Checkpoint
@@ -56,8 +56,7 @@ def _start_matrix(
 
 
 class CriterionStart:
-    """Starting masks by a criterion, from a forward (and a backward, if it asks for a gradient) of the still dense
-    block on stream A.
+    """Starting masks by a criterion, from a forward of the still dense block on stream A.
 
     Attributes:
         sparsities: the fraction to prune in each block; at first the pattern's in all.
@@ -90,23 +89,16 @@ class CriterionStart:
         return masks, weights
 
     def _prepared(self, index: int, dense: Parameters, stream: Stream | None) -> dict[str, Any]:
-        """Kernel path -> what the criterion knows of its input, and of its gradient; {} when it looks at neither."""
+        """Kernel path -> what the criterion knows of its input; None when it looks at weights alone."""
         criterion, seen = self._criterion, {}
-        squares = block_gradient.no_squares(self._block) if criterion.loss else {}
         for chunk in stream or ():
             more = passes.statistics(self._block, criterion.statistic, dense, chunk)
             seen = jax.tree.map(jnp.add, seen, more) if seen else more
-            if criterion.loss:
-                squares = block_gradient.accumulate(self._block, criterion.loss, dense, chunk, squares)
         if criterion.prepare:
             where = f"block {index}, "
             seen = {n: criterion.prepare(s, self._samples, where + n, self._say) for n, s in seen.items()}
         linears = [pair for sub in self._model.sub_blocks for pair in sub.linears]
-        prepared = {f"{linear}.kernel": seen.get(entering) for linear, entering in linears}
-        if not criterion.loss:
-            return prepared
-        gradient = block_gradient.root_mean(self._block, squares, jnp.float32(self._samples))
-        return {path: (known, gradient[path]) for path, known in prepared.items()}
+        return {f"{linear}.kernel": seen.get(entering) for linear, entering in linears}
 
     def _quota(self, index: int, shape: tuple[int, ...]) -> Quota:
         """How many weights a kernel [in, out] of a block loses."""

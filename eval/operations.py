@@ -45,8 +45,7 @@ def gradient(model: Model, sub: SubBlock, samples: int, length: int) -> int:
 def of_start(model: Model, method: str, samples: int, length: int) -> int:
     """Starting mask of a block: for a criterion that looks at activations a forward without the block's last linear;
     for sparsegpt also, approximately, X^T X and two triangular factors of each input (a Cholesky factor and an inverse,
-    I^3 / 3 each), and the updates of the columns after each (I^2 O); for wanda++ also another forward, whole, and its
-    backward."""
+    I^3 / 3 each), and the updates of the columns after each (I^2 O)."""
     if method == "magnitude":
         return 0
     total = sum(forward(model, sub, samples, length) for sub in model.sub_blocks)
@@ -56,20 +55,7 @@ def of_start(model: Model, method: str, samples: int, length: int) -> int:
         inputs = {entering: shapes[f"{name}.kernel"][0] for sub in model.sub_blocks for name, entering in sub.linears}
         total += sum(2 * samples * length * size**2 + 2 * size**3 // 3 for size in inputs.values())
         total += sum(shapes[path][0] ** 2 * shapes[path][1] for sub in model.sub_blocks for path in sub.kernels)
-    if method == "wanda++":
-        total += block_gradient(model, samples, length)
     return total
-
-
-def block_gradient(model: Model, samples: int, length: int) -> int:
-    """One forward of a block and the backward: weight gradients of every linear, activation gradients of all but those
-    that read the block's own input, and those of attention (twice its products)."""
-    first, tokens = model.sub_blocks[0], samples * length
-    forwards = sum(forward(model, sub, samples, length) for sub in model.sub_blocks)
-    kernels = [path for sub in model.sub_blocks for path in sub.kernels]
-    weights = sum(_linear(model, path, tokens) for path in kernels)
-    own = sum(_linear(model, path, tokens) for path in first.kernels if first.splits_outputs(path))
-    return forwards + 2 * weights - own + 2 * attention_products(model, samples, length)
 
 
 def of_block(model: Model, config: PruneConfig, last: bool) -> dict[str, int]:

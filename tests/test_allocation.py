@@ -104,7 +104,7 @@ def test_blocks_without_a_difference_are_pruned_alike():
     assert allocation.allot([0.1, 0.1, 0.1], 0.6, 0.08) == [0.6, 0.6, 0.6]
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "wanda++"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
 def test_every_criterion_prunes_what_is_allotted(method, inputs, tmp_path, monkeypatch):
     """And finds the programs of the first block in all others."""
     watch, compiled, counted = CompilationWatch(), [], allocation.count_outliers._cache_size()

@@ -63,9 +63,6 @@ def test_stages_that_are_not_run_count_nothing(tmp_path):
     model = model_of(tmp_path / "dense")
     magnitude = PruneConfig("dense", Path("out"), samples=2, length=8, method="magnitude", rebuild=False)
     assert set(operations.of_block(model, magnitude, last=False).values()) == {0}
-    plus = PruneConfig("dense", Path("out"), samples=2, length=8, method="wanda++", rebuild=False)
-    more = operations.of_block(model, plus, last=True)["start"] - COUNTS["llama"]["start"]
-    assert more == operations.block_gradient(model, 2, 8)
     sparsegpt = PruneConfig("dense", Path("out"), samples=2, length=8, method="sparsegpt")
     more = operations.of_block(model, sparsegpt, last=True)["start"] - COUNTS["llama"]["start"]
     grams = 2 * TOKENS * (32**2 * 3 + 48**2) + 3 * (2 * 32**3 // 3) + 2 * 48**3 // 3
@@ -93,14 +90,6 @@ def test_operations_against_the_program(family, tmp_path):
         assert operations.forward(model, sub, samples, length) == forward
         # The other forward is the sparse one's.
         assert operations.gradient(model, sub, samples, length) == forward + both
-
-    def whole(kernels):
-        return jnp.sum(block.run({**parameters, **kernels}, hidden) ** 2)
-
-    kernels = {path: parameters[path] for sub in model.sub_blocks for path in sub.kernels}
-    waste = 3 * (CAUSAL * 2 * length // (length + 1) - CAUSAL)
-    both = products(jax.make_jaxpr(jax.grad(whole))(kernels).jaxpr) - waste
-    assert operations.block_gradient(model, samples, length) == both
 
 
 def products(jaxpr) -> int:

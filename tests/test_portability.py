@@ -10,7 +10,6 @@ from jax import export
 
 from barber_jax import (
     allocation,
-    block_gradient,
     layerwise,
     mesh,
     passes,
@@ -139,18 +138,12 @@ def test_stages(model, place):
     lower(train, values, weights, masks, stream, stream, like((5, 2, 2, 2), jnp.int32))
 
 
-def test_gradient_of_a_block_and_its_outliers(model):
+def test_outliers_of_a_block(model):
     model, dtype = model
     block = model.block()
     weights, shapes = parameters(block, dtype), dict(block.shapes)
     linears = [pair for sub in block.sub_blocks for pair in sub.linears]
-    squares = {f"{linear}.kernel": like((1, *shapes[f"{linear}.kernel"])) for linear, _ in linears}
     seen = {entering: like(shapes[f"{linear}.kernel"][:1]) for linear, entering in linears}
-    loss = CRITERIA["wanda++"].loss
-    lower(lambda: block_gradient.no_squares(block))
-    stream = like((M, B, L, model.hidden), dtype)
-    lower(lambda p, s, q: block_gradient.accumulate(block, loss, p, s, q), weights, stream, squares)
-    lower(lambda q, n: block_gradient.root_mean(block, q, n), squares, like(()))
     lower(lambda p, s, t: allocation.count_outliers(block.sub_blocks, p, s, t), weights, seen, like(()))
 
 
@@ -166,7 +159,6 @@ def test_starting_criteria(model, pattern):
                 "magnitude": None,
                 "wanda": like((inputs,)),
                 "sparsegpt": (like((inputs, inputs)), like((inputs,), bool)),
-                "wanda++": (like((inputs,)), like(shapes[path])),
             }
             for method, statistic in prepared.items():
                 start = partial(starting._start_matrix, CRITERIA[method], mesh.kernel_axes(sub, path))

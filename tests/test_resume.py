@@ -26,7 +26,7 @@ METHODS = {
     "sparsegpt": ["--method", "sparsegpt"],
     "retained": ["--method", "sparsegpt", "--retain-reconstruction"],
     "not rebuilt": ["--method", "sparsegpt", "--no-rebuild"],
-    "wanda++ by owl": ["--method", "wanda++", "--allocate", "owl", "--owl-m", "2"],
+    "by owl": ["--allocate", "owl", "--owl-m", "2"],
     "offloaded": ["--batch", "2", "--offload-activations"],
     "chosen": ["--method", "magnitude", "--alpha", "auto", "--target", "same"],
     "trained": [

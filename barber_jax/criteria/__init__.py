@@ -3,12 +3,11 @@
 A criterion is one file here that defines `CRITERION`, and one line of `CRITERIA`.
 """
 
-from barber_jax.criteria import magnitude, sparsegpt, wanda, wandapp
+from barber_jax.criteria import magnitude, sparsegpt, wanda
 from barber_jax.criteria.criterion import Criterion
 
 CRITERIA: dict[str, Criterion] = {
     "magnitude": magnitude.CRITERION,
     "sparsegpt": sparsegpt.CRITERION,
     "wanda": wanda.CRITERION,
-    "wanda++": wandapp.CRITERION,
 }

@@ -38,13 +38,9 @@ class Criterion:
             samples, input's name, say) -> prepared statistic. None: the statistic as it is. `say` prints a line.
         quota: (shape [O, I], fraction to prune) -> quota, on the host in Python's floats, which float32 could not
             round the same way.
-        loss: a sample's output of the dense block, [L, D] -> float32 scalar. `start` then gets, in place of the
-            prepared statistic, a pair of it and the gradient float32 [I, O]: the root of the mean over samples of the
-            squares of d loss / d kernel. None: no gradient is computed.
     """
 
     statistic: Callable[[jax.Array], jax.Array] | None
     start: Callable[[jax.Array, Any, int, SparsityPattern, Quota], tuple[jax.Array, jax.Array | None]]
     prepare: Callable[[jax.Array, int, str, Callable[[str], None]], Any] | None = None
     quota: Callable[[tuple[int, int], float], Quota] = of_each_output
-    loss: Callable[[jax.Array], jax.Array] | None = None

@@ -21,29 +21,12 @@ def statistic(x: jax.Array) -> jax.Array:
     return jnp.sum(squares[:, 0], axis=0)
 
 
-def norms(squares: jax.Array, samples: int) -> jax.Array:
-    """sqrt(mean over samples of the sum over tokens of X_si^2): `statistic` of all samples, float32 [I] -> [I]."""
-    return jnp.sqrt(squares / samples)
-
-
-def select(score: jax.Array, pattern: SparsityPattern, quota: Quota) -> jax.Array:
-    """In every output prune the floor(p * I) lowest, or the lowest M-N of every group of M.
-
-    Args:
-        score: non-negative float32 [O, I].
-
-    Returns:
-        bool [O, I] mask, True = kept.
-    """
-    if pattern.structured:
-        return masks.keep_n_of_m(score, pattern.keep, pattern.of)
-    return masks.keep_highest(score, quota[0], masks.AXES["output1"])
-
-
 def start(
     kernel: jax.Array, squares: jax.Array, samples: int, pattern: SparsityPattern, quota: Quota
 ) -> tuple[jax.Array, None]:
-    """Score |W_oi| * ||X_i||, see `norms`; prune as `select` does.
+    """Score |W_oi| * ||X_i||, with ||X_i|| = sqrt(mean over samples of the sum over tokens of X_si^2).
+
+    In every output prune the floor(p * I) lowest, or the lowest M-N of every group of M.
 
     Args:
         kernel: float32 [I, O].
@@ -52,7 +35,10 @@ def start(
     Returns:
         bool [O, I] mask, True = kept; no updated weights.
     """
-    return select(jnp.abs(kernel.T) * norms(squares, samples), pattern, quota), None
+    score = jnp.abs(kernel.T) * jnp.sqrt(squares / samples)
+    if pattern.structured:
+        return masks.keep_n_of_m(score, pattern.keep, pattern.of), None
+    return masks.keep_highest(score, quota[0], masks.AXES["output1"]), None
 
 
 CRITERION = Criterion(statistic=statistic, start=start)
