@@ -26,6 +26,8 @@ PUBLISHED: dict[str, tuple[Granularity, float]] = {
     "sparsegpt": ("layer", 0.1),
 }
 """Starting criterion -> granularity and alpha as published (arXiv 2408.10631, table of settings)."""
+MOST = 2**31 - 1
+"""Swaps and steps are counted in int32."""
 OWL_LAMBDA, OWL_M = 0.08, 5.0
 """As published for LLaMA (arXiv 2310.05175)."""
 
@@ -222,8 +224,11 @@ class PruneConfig:
         self._check_processes()
         for option in ("samples", "length", "batch", "eval_windows", "reconstruct_batch", "rounds"):
             self._require_least(option, 1)
-        for option in ("refine", "reconstruct"):
+        for option in ("refine", "reconstruct", "seed"):
             self._require_least(option, 0)
+        for option in ("refine", "reconstruct"):
+            if getattr(self, option) > MOST:
+                raise BarberError(f"--{option} {getattr(self, option)} is above {MOST}")
         if not 0 < self.reconstruct_rate <= 1:
             raise BarberError(f"--reconstruct-rate {self.reconstruct_rate:g} is outside (0, 1]")
         if self.chooses and self.samples < 2:

@@ -94,6 +94,8 @@ class CriterionStart:
         for chunk in stream or ():
             more = passes.statistics(self._block, criterion.statistic, dense, chunk)
             seen = jax.tree.map(jnp.add, seen, more) if seen else more
+        if not all(bool(jnp.isfinite(statistic).all()) for statistic in jax.tree.leaves(seen)):
+            raise BarberError(f"block {index}: what enters its linears is not finite; the activations overflow")
         if criterion.prepare:
             where = f"block {index}, "
             seen = {n: criterion.prepare(s, self._samples, where + n, self._say) for n, s in seen.items()}

@@ -5,6 +5,7 @@ starting masks alone and gives each block its starting mask; stream B is the mod
 The result is that of pruning the whole model first and rebuilding it afterwards, with each block read once.
 """
 
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from barber_jax.activations import Stream, Streams
 from barber_jax.config import PruneConfig
 from barber_jax.convert.checkpoint import Checkpoint
 from barber_jax.convert.parameters import read_parameters, to_hf
+from barber_jax.errors import BarberError
 from barber_jax.history import Commit, History
 from barber_jax.mesh import DATA, Devices
 from barber_jax.models.family import Model
@@ -140,6 +142,8 @@ class Pruning:
                 work = self._stages(sub, dense, start, own, streams, watch)
                 masks |= work.masks
                 weights |= work.updated
+                if not math.isfinite(loss := work.record["loss_after"]):
+                    raise BarberError(f"block {index}, {sub.name}: the loss is {loss}; the activations overflow")
                 records.append(work.record)
         with watch.stage("commit"):
             asked = self.start.needs_stream or self.config.save_start

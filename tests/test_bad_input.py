@@ -349,6 +349,26 @@ def test_nan_and_infinity(refused, model, ids, name, value):
     refused.prune(model, ids, *QUICK, says=says, after_headline=True)
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--method", "wanda"], "block 0: what enters its linears is not finite"),
+        (["--method", "wanda", "--rebuild"], "block 0: what enters its linears is not finite"),
+        (["--method", "magnitude", "--rebuild"], "block 0, mlp: the loss is"),
+        (["--method", "magnitude", "--refine", "2"], "block 0, mlp: the loss is"),
+    ],
+)
+def test_overflow(refused, model, ids, options, says):
+    """Finite weights whose products are not: every score and every choice would be empty from there on."""
+
+    def edit(tensors):
+        for linear in ("gate_proj", "up_proj"):
+            tensors[f"model.layers.0.mlp.{linear}.weight"] *= np.float32(1e22)
+
+    edit_tensors(model, edit)
+    refused.prune(model, ids, *QUICK, *options, says=[says], after_headline=True)
+
+
 # Options
 
 
