@@ -60,6 +60,9 @@ class CriterionStart:
 
     Attributes:
         sparsities: the fraction to prune in each block; at first the pattern's in all.
+
+    Raises:
+        BarberError: the activations overflow.
     """
 
     def __init__(
