@@ -193,6 +193,8 @@ def run_identity(config: PruneConfig, checkpoint: Checkpoint, ids: np.ndarray | 
     """What must be the same for a run to go on: options that matter, and hashes of what is read."""
     options = dataclasses.asdict(config)
     identity = {f"--{name.replace('_', '-')}": options[name] for name in options if name not in UNIMPORTANT}
+    # What they mean: a default that is spelled out the second time is the same run.
+    identity |= {"--pattern": str(config.sparsity_pattern), "--sparsity": config.sparsity_pattern.sparsity}
     if config.reconstruct:
         # Its order of samples too comes from the seed.
         identity["--seed"] = config.seed

@@ -148,12 +148,18 @@ def importance(sub: SubBlock, totals: Totals, samples: jax.Array) -> tuple[dict[
 @jax.jit
 def survivors(dense: Parameters, start: Parameters, masks: dict[str, jax.Array]) -> Parameters:
     """Weights that the score uses and that survive when the starting criterion's updates are retained: the updated
-    weight where the starting mask keeps it, the dense one where a weight may be revived.
+    weight where the starting mask keeps it, the dense one where a weight may be revived. What has no
+    mask is as updated.
 
     Args:
-        dense, start: kernel path -> [in, out]. masks: kernel path -> bool [out, in] starting mask.
+        dense, start: path -> kernels [in, out] and other parameters.
+        masks: kernel path -> bool [out, in] starting mask.
     """
-    return {path: jnp.where(masks[path].T, weight, dense[path]) for path, weight in start.items()}
+
+    def survivor(path: str) -> jax.Array:
+        return jnp.where(masks[path].T, start[path], dense[path]) if path in masks else start[path]
+
+    return {path: survivor(path) for path in start}
 
 
 @partial(jax.jit, static_argnames=("sub", "metric"))

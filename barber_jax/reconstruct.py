@@ -68,11 +68,7 @@ jax.tree_util.register_dataclass(Training, ["values", "scales", "optimizer"], []
 
 def trained_paths(definition: BlockDefinition, sub: SubBlock, scope: Trained) -> tuple[str, ...]:
     """Parameters of a sub-block that are trained: its kernels, and for `all` its biases and norms."""
-    if scope == "weights":
-        return sub.kernels
-    own = (f"{sub.name}.", *([f"{sub.norm}."] if sub.norm else []))
-    rest = [path for path, _ in definition.shapes if path.startswith(own) and path not in sub.kernels]
-    return (*sub.kernels, *rest)
+    return sub.kernels if scope == "weights" else definition.paths(sub)
 
 
 def _constrain(sub: SubBlock, values: Parameters) -> Parameters:

@@ -77,7 +77,7 @@ class Stages:
 
         Args:
             dense: the block's parameters, as earlier sub-blocks have left them.
-            start: kernel path -> starting weights where the criterion updated them.
+            start: path -> starting weights where they are not the dense ones.
             masks: kernel path -> starting mask.
         """
         config = self._config

@@ -33,8 +33,8 @@ class Start(Protocol):
     needs_stream: bool
 
     def __call__(self, index: int, dense: Parameters, stream: Stream | None) -> tuple[BlockMasks, Parameters]:
-        """Kernel path -> bool [out, in] mask, and kernel path -> starting weights [in, out] where they are not the
-        dense ones, in the dense ones' dtype."""
+        """Kernel path -> bool [out, in] mask, and path -> starting weights where they are not the dense ones, in
+        the dense ones' dtype: kernels [in, out], and whatever else of the block is given."""
 
 
 @partial(jax.jit, static_argnames=("criterion", "axes", "samples", "pattern"))
@@ -125,7 +125,7 @@ class MaskFileStart:
 
     def __init__(self, masks: Masks, checkpoint: Checkpoint, model: Model, pattern: SparsityPattern, devices: Devices):
         self._masks, self._model, self._pattern, self._devices = masks, model, pattern, devices
-        check_fit(masks.shapes, checkpoint, model, f"{masks.path}: mask")
+        check_fit(masks.shapes, model.pruned_names(), checkpoint, f"{masks.path}: mask")
 
     def __call__(self, index: int, dense: Parameters, stream: Stream | None) -> tuple[BlockMasks, Parameters]:
         masks = {path: self._masks.read(name) for path, name in self._model.kernel_names(index).items()}
@@ -135,7 +135,8 @@ class MaskFileStart:
 
 
 class SparseCheckpointStart:
-    """Starting masks from the zeros of a pruned checkpoint, starting weights from its other weights.
+    """Starting masks from the zeros of a pruned checkpoint, starting weights from its other weights, and from its
+    blocks' biases and norms where they are not the dense model's. What is outside blocks is not looked at.
 
     Args:
         file: where the masks are known: of a weight that is zero by chance the zeros do not tell that it is kept.
@@ -155,17 +156,17 @@ class SparseCheckpointStart:
         devices: Devices,
         file: Masks | None = None,
     ):
-        self._sparse, self._model, self._pattern, self._devices = sparse, model, pattern, devices
-        self._file = file
-        block = next(iter(model.pruned_names())).partition(".0.")[0]
-        held = {
-            name: sparse.shape(name)
-            for name in sparse.names()
-            if name.startswith(f"{block}.") and len(sparse.shape(name)) == 2
-        }
-        check_fit(held, checkpoint, model, f"{sparse.location}: weight")
+        self._sparse, self._checkpoint, self._file = sparse, checkpoint, file
+        self._model, self._pattern, self._devices = model, pattern, devices
+        wanted = [name for index in range(model.layers) for name in model.names.of_block(index).values()]
+        prefix = model.pruned_names()[0].partition(".0.")[0] + "."
+        shapes = {name: sparse.shape(name) for name in sparse.names() if name.startswith(prefix)}
+        # Anything else that is one-dimensional may be a buffer, as of rotary embeddings.
+        known = set(wanted)
+        held = {name: shape for name, shape in shapes.items() if len(shape) == 2 or name in known}
+        check_fit(held, wanted, checkpoint, f"{sparse.location}: weight")
         if file:
-            check_fit(file.shapes, checkpoint, model, f"{file.path}: mask")
+            check_fit(file.shapes, model.pruned_names(), checkpoint, f"{file.path}: mask")
 
     def __call__(self, index: int, dense: Parameters, stream: Stream | None) -> tuple[BlockMasks, Parameters]:
         masks, weights = {}, {}
@@ -180,6 +181,12 @@ class SparseCheckpointStart:
             check_pattern(mask, self._pattern, f"{self._sparse.location}: {name}")
             masks[path] = mask
             weights[path] = to_flax(path, tensor).astype(dense[path].dtype)
+        for path, name in self._model.names.of_block(index).items():
+            if path not in masks:
+                own, given = self._checkpoint.read(name), self._sparse.read(name)
+                # A copy in a narrower dtype is the same but for its rounding.
+                if np.any(own.astype(given.dtype) != given):
+                    weights[path] = to_flax(path, given).astype(own.dtype)
         sub_blocks = self._model.sub_blocks
         return self._devices.masks(sub_blocks, masks), self._devices.block(sub_blocks, weights)
 
@@ -190,9 +197,10 @@ class SparseCheckpointStart:
         return zeros / sum(self._sparse.size(name) for name in names)
 
 
-def check_fit(given: dict[str, tuple[int, ...]], checkpoint: Checkpoint, model: Model, what: str) -> None:
-    """Raise BarberError unless names and shapes are those of the model's prunable weights; `what` begins the line."""
-    wanted = {name: checkpoint.shape(name) for name in model.pruned_names()}
+def check_fit(given: dict[str, tuple[int, ...]], names: Sequence[str], checkpoint: Checkpoint, what: str) -> None:
+    """Raise BarberError unless names and shapes are those of the checkpoint's tensors `names`; `what` begins the
+    line."""
+    wanted = {name: checkpoint.shape(name) for name in names}
     for name in sorted(wanted.keys() ^ given.keys()):
         state = "is missing" if name in wanted else "is not of a weight to prune there"
         raise BarberError(f"{what} {name} {state}; it must be of the same model as {checkpoint.location}")

@@ -138,7 +138,7 @@ class Pruning:
             masks, weights = {}, {}
             for sub in self.model.sub_blocks:
                 own = {path: start_masks[path] for path in sub.kernels}
-                start = {path: start_weights[path] for path in sub.kernels if path in start_weights}
+                start = {path: start_weights[path] for path in self._block.paths(sub) if path in start_weights}
                 work = self._stages(sub, dense, start, own, streams, watch)
                 masks |= work.masks
                 weights |= work.updated

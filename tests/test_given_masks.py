@@ -54,6 +54,44 @@ def test_retained_sparsegpt_weights_come_back_from_a_sparse_checkpoint(tmp_path,
         np.testing.assert_array_equal(got[name], np.where(mask, dense[name], 0))
 
 
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_trained_biases_and_norms_come_back_from_a_sparse_checkpoint(family, tmp_path):
+    write_model(tmp_path / "dense", **({"attention_bias": True} if family == "llama" else {"family": "opt"}))
+    np.save(tmp_path / "ids.npy", np.random.default_rng(1).integers(0, BASE["vocab_size"], (4, 16)))
+    start = run(tmp_path, "start", "--no-rebuild", "--reconstruct", 5, "--reconstruct-scope", "all")
+    dense, trained = (load_file(tmp_path / name / "model.safetensors") for name in ("dense", "start"))
+    others = {name for name in dense if name not in start and (dense[name] != trained[name]).any()}
+    assert any(name.endswith("norm.weight") for name in others) and any(name.endswith("bias") for name in others)
+    given = ["--sparse-ckpt", tmp_path / "start"]
+    same(run(tmp_path, "as it was", *given, "--no-rebuild"), start)
+    for name, tensor in load_file(tmp_path / "as it was" / "model.safetensors").items():
+        np.testing.assert_array_equal(tensor, trained[name], err_msg=name)
+    # The dense model's, like its weights, unless what was given is to be retained; trained further it is what they
+    # start from.
+    for options, origin in (([], dense), (["--retain-reconstruction"], trained)):
+        run(tmp_path, "rebuilt", *given, *options, "--alpha", 0.5, "--overwrite")
+        got = load_file(tmp_path / "rebuilt" / "model.safetensors")
+        assert all((got[name] == origin[name]).all() for name in others)
+    run(tmp_path, "further", *given, "--no-rebuild", "--reconstruct", 5)
+    before, after = (
+        json.loads((tmp_path / name / "run.json").read_text())["blocks"][0]["sub_blocks"][0]
+        for name in ("start", "further")
+    )
+    assert after["apart_before"] == pytest.approx(before["apart_after"], rel=1e-5)
+    assert after["apart_after"] <= after["apart_before"]
+
+
+def test_a_sparse_checkpoint_without_a_bias_is_an_error(tmp_path):
+    write_model(tmp_path / "dense", attention_bias=True)
+    np.save(tmp_path / "ids.npy", np.random.default_rng(1).integers(0, BASE["vocab_size"], (4, 16)))
+    run(tmp_path, "start", "--no-rebuild")
+    tensors = load_file(tmp_path / "start" / "model.safetensors")
+    del tensors["model.layers.1.self_attn.o_proj.bias"]
+    save_file(tensors, tmp_path / "start" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BarberError, match=r"layers\.1\.self_attn\.o_proj\.bias is missing"):
+        run(tmp_path, "out", "--sparse-ckpt", tmp_path / "start")
+
+
 def test_masks_tell_which_zeros_of_a_checkpoint_are_kept_weights(tmp_path, ckpt):
     tensors = load_file(ckpt / "model.safetensors")
     rng = np.random.default_rng(0)

@@ -164,7 +164,8 @@ def test_damaged_last_block_is_computed_again(inputs, unfinished, capsys):
             content = bytearray(file.read_bytes())
             content[-1] ^= 1
             file.write_bytes(content)
-    prune.run(line(inputs, unfinished, "--resume"))
+    defaults = ["--sparsity", "0.5", "--pattern", "unstructured", "--method", "wanda"]  # said only now
+    prune.run(line(inputs, unfinished, *defaults, "--resume"))
     said = capsys.readouterr().err
     assert "block 2 is damaged" in said and "going on after 2 of 5 blocks" in said
     prune.run(line(inputs, unfinished.with_name("whole")))
@@ -176,7 +177,8 @@ def test_damaged_last_block_is_computed_again(inputs, unfinished, capsys):
     [
         (["--alpha", "0.4"], "--alpha was 0.5"),
         (["--granularity", "layer"], "--granularity was output1"),
-        (["--sparsity", "0.6"], "--sparsity was"),
+        (["--sparsity", "0.6"], "--sparsity was 0.5"),
+        (["--pattern", "2:4"], "--pattern was unstructured"),
         (["--samples", "2"], "--samples was 4"),
         (["--batch", "1"], "--batch was"),
         (["--compute-dtype", "bfloat16"], "--compute-dtype was float32"),

@@ -125,6 +125,12 @@ class BlockDefinition(Definition):
 
     sub_blocks: tuple[SubBlock, ...]
 
+    def paths(self, sub: SubBlock) -> tuple[str, ...]:
+        """All parameters of a sub-block: its kernels, then its biases and norms."""
+        own = (f"{sub.name}.", *([f"{sub.norm}."] if sub.norm else []))
+        rest = [path for path, _ in self.shapes if path.startswith(own) and path not in sub.kernels]
+        return (*sub.kernels, *rest)
+
     def run(
         self,
         parameters: dict[str, jax.Array],
