@@ -229,6 +229,8 @@ class PruneConfig:
         for option in ("refine", "reconstruct"):
             if getattr(self, option) > MOST:
                 raise BarberError(f"--{option} {getattr(self, option)} is above {MOST}")
+        if self.rounds > 1 and not self.changes:
+            raise BarberError(f"--rounds {self.rounds} needs a rebuild, --refine or --reconstruct")
         if not 0 < self.reconstruct_rate <= 1:
             raise BarberError(f"--reconstruct-rate {self.reconstruct_rate:g} is outside (0, 1]")
         if self.chooses and self.samples < 2:

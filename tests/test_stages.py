@@ -310,6 +310,7 @@ def _by_magnitude(weight):
         (["--reconstruct-rate", "nan"], "--reconstruct-rate nan is outside"),
         (["--reconstruct-batch", "0"], "--reconstruct-batch 0 must be at least 1"),
         (["--rounds", "0"], "--rounds 0 must be at least 1"),
+        (["--no-rebuild", "--rounds", "2"], "--rounds 2 needs a rebuild, --refine or --reconstruct"),
         (["--refine", "-3"], "--refine -3 must be at least 0"),
         (["--refine", "3000000000"], "--refine 3000000000 is above 2147483647"),
         (["--reconstruct", "2147483648"], "--reconstruct 2147483648 is above 2147483647"),
