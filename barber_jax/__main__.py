@@ -13,7 +13,7 @@ COMMANDS = {
     "study": ("barber_jax.eval.study", "compare runs, or run a grid of them"),
     "benchmark": ("barber_jax.eval.benchmark", "speed of a pruning, against the hardware's"),
     "convert": ("barber_jax.convert.__main__", "write a checkpoint in another format"),
-    "torch-masks": ("barber_jax.convert.torch_masks", "apply and check masks in PyTorch"),
+    "torch-masks": ("barber_jax.convert.apply_masks", "apply and check masks in PyTorch"),
 }
 
 

@@ -1,4 +1,7 @@
-"""What every command line shares: options from a dataclass, errors on one line, exact float32 products."""
+"""What every command line shares: options from a dataclass, errors on one line, exact float32 products.
+
+JAX is imported where it is set up: apply_masks does without.
+"""
 
 import contextlib
 import hashlib
@@ -9,7 +12,6 @@ import re
 from pathlib import Path
 from typing import TypeVar
 
-import jax
 import tyro
 
 from barber_jax.errors import BarberError
@@ -50,6 +52,8 @@ def _gist(box: str) -> str:
 
 def set_precision() -> None:
     """Let a float32 product be one: GPUs and TPUs round its inputs to fewer bits by default."""
+    import jax
+
     jax.config.update("jax_default_matmul_precision", "highest")
 
 
@@ -62,6 +66,8 @@ def set_compilation_cache(place: str | None) -> None:
     Raises:
         BarberError: the folder that was named cannot be written.
     """
+    import jax
+
     if place == "off":
         jax.config.update("jax_enable_compilation_cache", False)
         return

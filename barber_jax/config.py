@@ -133,7 +133,8 @@ class PruneConfig:
     magnitude block, sparsegpt layer."""
     alpha: float | Literal["auto"] | None = None
     """Fraction of the mask outliers to swap, in [0, 1], or 'auto': for each sub-block what lowers its loss on samples
-    held apart most. Default as published: wanda (and given masks) 0.01, magnitude and sparsegpt 0.1."""
+    held apart most (too few to choose by where --samples is small). Default as published: wanda (and given masks)
+    0.01, magnitude and sparsegpt 0.1."""
     metric: Metric = "wd"
     """Rebuild score: wd = |weight| x gradient (the paper's), w = |weight|, d = gradient."""
     retain_reconstruction: bool = False
@@ -145,12 +146,12 @@ class PruneConfig:
     refine: int = 0
     """At most so many swaps in every output by their exact gain in layer-wise error, after the rebuild; 0 = none."""
     reconstruct: int = 0
-    """Train the weights that survive in each sub-block for so many steps to give the dense outputs; 0 = none."""
+    """Train the weights that survive in each sub-block for so many steps to give --target; 0 = none."""
     target: Target = "dense"
-    """What --reconstruct aims at and choices are judged by: dense = the residual stream of the dense model, same = the
-    dense sub-block's output on the pruned model's inputs."""
+    """What --alpha auto, --refine and --reconstruct choose by, train towards and report losses of: dense = the
+    residual stream of the dense model, same = the dense sub-block's output on the pruned model's inputs."""
     reconstruct_rate: float = 0.01
-    """Learning rate of reconstruction, as a fraction of the root mean square of each matrix's weights."""
+    """Learning rate of reconstruction, as a fraction of the root mean square of each matrix's surviving weights."""
     reconstruct_batch: int = 1
     """Samples in a step of reconstruction."""
     reconstruct_scope: Trained = "weights"
@@ -229,8 +230,7 @@ class PruneConfig:
         for option in ("refine", "reconstruct"):
             if getattr(self, option) > MOST:
                 raise BarberError(f"--{option} {getattr(self, option)} is above {MOST}")
-        if self.rounds > 1 and not self.changes:
-            raise BarberError(f"--rounds {self.rounds} needs a rebuild, --refine or --reconstruct")
+        self._refuse_idle()
         if not 0 < self.reconstruct_rate <= 1:
             raise BarberError(f"--reconstruct-rate {self.reconstruct_rate:g} is outside (0, 1]")
         if self.chooses and self.samples < 2:
@@ -243,6 +243,22 @@ class PruneConfig:
             raise BarberError("--eval-text and --eval-dataset: give one of them")
         if self.eval_windows is not None and not (self.eval_text or self.eval_dataset):
             raise BarberError("--eval-windows needs --eval-text or --eval-dataset")
+
+    def _refuse_idle(self) -> None:
+        """Raise BarberError where an option asks something of a stage that is off."""
+        reconstruct = ("reconstruct_rate", "reconstruct_batch", "reconstruct_scope")
+        needs = (
+            ("rounds", self.changes, "a rebuild, --refine or --reconstruct"),
+            ("target", self.chooses, "--alpha auto, --refine or --reconstruct"),
+            ("metric", self.rebuild, "a rebuild; leave out --no-rebuild"),
+            *((option, self.reconstruct, "--reconstruct") for option in reconstruct),
+        )
+        for option, there, what in needs:
+            value = getattr(self, option)
+            if not there and value != type(self).__dataclass_fields__[option].default:
+                raise BarberError(f"--{option.replace('_', '-')} {value} needs {what}")
+        if self.alpha == "auto" and not self.rebuild:
+            raise BarberError("--alpha auto needs a rebuild; leave out --no-rebuild")
 
     def _require_least(self, option: str, least: int) -> None:
         value = getattr(self, option)

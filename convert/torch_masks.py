@@ -6,21 +6,19 @@
     make_permanent(model)           # plain weights again, ready for save_pretrained
     assert check_masks(model, masks).ok
 
-Names are Hugging Face's, as in the mask file; `python -m barber_jax.convert.torch_masks --help` does it for a folder.
+Names are Hugging Face's, as in the mask file; `python -m barber_jax.convert.apply_masks` does it for a folder.
 """
 
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 from torch.nn.utils import prune
 
 from barber_jax.convert.mask_file import Masks, read_masks
-from barber_jax.errors import BarberError, exit_with_one_line
+from barber_jax.errors import BarberError
 
 MaskSource = Mapping[str, torch.Tensor] | Masks | str | os.PathLike
 
@@ -227,72 +225,3 @@ def _linear(modules: dict[str, torch.nn.Module], prefix: str, name: str, shape: 
     if in_model != shape:
         raise BarberError(f"{name} is {in_model} in the model, {shape} in the masks; give the masks of this model")
     return module
-
-
-@dataclass(frozen=True)
-class Command:
-    """Apply a mask file to a Hugging Face model in PyTorch, check it, and print every matrix's sparsity.
-
-    Exit status: 0 when all pruned weights are zero, 1 when --check-only finds some that are not, 2 for a mistake.
-    """
-
-    model: str
-    """Folder or Hub id of the model, pruned or dense."""
-    masks: Path
-    """The masks.safetensors file."""
-    out: Path | None = None
-    """Save the masked model into this new or empty folder."""
-    check_only: bool = False
-    """Only compare the model with the masks; do not apply them."""
-
-
-def run(command: Command) -> None:
-    """Do what `Command` says. Raises BarberError for the user's mistakes, SystemExit(1) for violations found."""
-    out = command.out
-    if command.check_only and out:
-        raise BarberError("--check-only saves nothing; leave out --out or --check-only")
-    if out and out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise BarberError(f"--out {out} exists and is not an empty folder; name another")
-    masks = read_masks(command.masks)
-    model = _load_model(command.model)
-    report = check_masks(model, masks)
-    if not report.ok and not command.check_only:
-        print(f"{report.total.violations} weights that the masks prune were not zero; now they are")
-        apply_masks(model, masks, "in_place")
-        report = check_masks(model, masks)
-    print(report.table())
-    if not report.ok:
-        raise SystemExit(1)
-    if out:
-        _save(command.model, model, out)
-
-
-def _load_model(spec: str) -> torch.nn.Module:
-    import transformers
-
-    try:
-        return transformers.AutoModelForCausalLM.from_pretrained(spec, dtype="auto")
-    except Exception as error:  # transformers raises whatever its file readers raise
-        raise BarberError(f"--model {spec}: cannot load it: {str(error) or type(error).__name__}") from error
-
-
-def _save(spec: str, model: torch.nn.Module, out: Path) -> None:
-    import transformers
-
-    try:
-        model.save_pretrained(out)
-    except Exception as error:  # the disk's errors arrive in safetensors' own type, not as OSError
-        raise BarberError(f"--out {out}: cannot save the model: {error}") from error
-    try:
-        transformers.AutoTokenizer.from_pretrained(spec).save_pretrained(out)
-    except (OSError, ValueError):
-        print(f"{spec} has no tokenizer that transformers can load; {out} holds the model alone")
-
-
-def main() -> None:
-    """The command line."""
-    run(tyro.cli(Command, prog="python -m barber_jax.convert.torch_masks"))
-
-
-if __name__ == "__main__":
-    exit_with_one_line(main)

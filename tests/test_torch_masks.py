@@ -10,8 +10,9 @@ from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from barber_jax.convert import torch_masks
+from barber_jax.convert.apply_masks import ApplyConfig, apply
 from barber_jax.convert.mask_file import mask_metadata, pack, read_masks
-from barber_jax.convert.torch_masks import Command, apply_masks, check_masks, load_masks, make_permanent, run
+from barber_jax.convert.torch_masks import apply_masks, check_masks, load_masks, make_permanent
 from barber_jax.errors import BarberError
 
 CONFIG = LlamaConfig(
@@ -68,7 +69,8 @@ def weights(model, masks):
 
 def test_importing_does_not_load_jax():
     code = (
-        "import sys, barber_jax.convert.torch_masks; print([m for m in ('jax', 'jaxlib', 'flax') if m in sys.modules])"
+        "import sys, barber_jax.convert.torch_masks, barber_jax.convert.apply_masks\n"
+        "print([m for m in ('jax', 'jaxlib', 'flax') if m in sys.modules])"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
@@ -218,41 +220,70 @@ def folder(tmp_path, model):
 
 def test_command_applies_checks_and_saves(folder, path, tmp_path, capsys):
     out = tmp_path / "out"
-    run(Command(model=str(folder), masks=path, out=out))
+    apply(ApplyConfig(model=str(folder), masks=path, out=out))
     printed = capsys.readouterr().out
-    assert "weights that the masks prune were not zero" in printed
+    assert "weights that the masks prune were not zero; now they are\n" in printed
     assert "has no tokenizer" in printed
     assert f"{UP}  " in printed and "0.5000" in printed
     assert check_masks(AutoModelForCausalLM.from_pretrained(out), path).ok
-    run(Command(model=str(out), masks=path, check_only=True))
+    apply(ApplyConfig(model=str(out), masks=path, check_only=True))
     assert "were not zero" not in capsys.readouterr().out
 
 
 def test_command_check_only_exits_1_and_prints_the_table(folder, path, capsys):
     with pytest.raises(SystemExit) as exit_:
-        run(Command(model=str(folder), masks=path, check_only=True))
+        apply(ApplyConfig(model=str(folder), masks=path, check_only=True))
     assert exit_.value.code == 1
     assert "violations" in capsys.readouterr().out
 
 
 def test_command_refuses_mistakes(folder, path, tmp_path):
     with pytest.raises(BarberError, match="--check-only saves nothing"):
-        run(Command(model=str(folder), masks=path, out=tmp_path / "o", check_only=True))
+        apply(ApplyConfig(model=str(folder), masks=path, out=tmp_path / "o", check_only=True))
     with pytest.raises(BarberError, match="exists and is not an empty folder"):
-        run(Command(model=str(folder), masks=path, out=folder))
+        apply(ApplyConfig(model=str(folder), masks=path, out=folder))
     with pytest.raises(BarberError, match="no such file"):
-        run(Command(model=str(folder), masks=tmp_path / "none"))
+        apply(ApplyConfig(model=str(folder), masks=tmp_path / "none"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(BarberError, match=r"--model .*empty: cannot load it"):
-        run(Command(model=str(tmp_path / "empty"), masks=path))
+        apply(ApplyConfig(model=str(tmp_path / "empty"), masks=path))
 
 
-def test_command_line_prints_one_error_line(tmp_path):
+def test_command_without_out_says_that_nothing_is_written(folder, path, capsys):
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in folder.iterdir())
+    apply(ApplyConfig(model=str(folder), masks=path))
+    assert "now they are (in memory alone: --out DIR saves the model)" in capsys.readouterr().out
+    assert sorted((p.name, p.stat().st_mtime_ns) for p in folder.iterdir()) == before
+
+
+ENTRIES = pytest.mark.parametrize("entry", [["barber_jax.convert.apply_masks"], ["barber_jax", "torch-masks"]])
+
+
+@ENTRIES
+def test_command_line_applies(entry, folder, path, tmp_path):
+    line = [sys.executable, "-m", *entry, "--model", folder, "--masks", path, "--out", tmp_path / "out"]
+    done = subprocess.run([str(word) for word in line], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert check_masks(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), path).ok
+
+
+@ENTRIES
+def test_command_line_prints_one_error_line(entry, tmp_path):
     arguments = ["--model", str(tmp_path), "--masks", str(tmp_path / "none.safetensors")]
-    command = [sys.executable, "-m", "barber_jax.convert.torch_masks", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", *entry, *arguments], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == f"error: {tmp_path / 'none.safetensors'}: no such file; give a masks.safetensors file\n"
+
+
+def test_command_line_without_torch_says_what_to_install(path, tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('none here', name='torch')")
+    line = [sys.executable, "-m", "barber_jax", "torch-masks"]
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = subprocess.run([*line, "--model", str(tmp_path), "--masks", str(path)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: torch is not installed; pip install 'barber_jax[torch]' brings it\n"
+    done = subprocess.run([*line, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--check-only" in done.stdout
 
 
 def test_semi_structured_needs_a_gpu(model, path, monkeypatch):

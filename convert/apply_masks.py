@@ -1,0 +1,90 @@
+"""Masks of a mask file put on a Hugging Face model in PyTorch and checked, from the shell. JAX is not imported."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from barber_jax.command import parse
+from barber_jax.convert.mask_file import read_masks
+from barber_jax.errors import BarberError, exit_with_one_line
+from barber_jax.extras import needs
+
+if TYPE_CHECKING:
+    import transformers
+
+
+@dataclass(frozen=True)
+class ApplyConfig:
+    """Apply a mask file to a Hugging Face model in PyTorch, check it, and print every matrix's sparsity.
+
+    Exit status: 0 when all pruned weights are zero, 1 when --check-only finds some that are not, 2 for a mistake.
+    """
+
+    model: str
+    """Folder or Hub id of the model, pruned or dense."""
+    masks: Path
+    """The masks.safetensors file."""
+    out: Path | None = None
+    """Save the masked model into this new or empty folder. Without it nothing is written."""
+    check_only: bool = False
+    """Only compare the model with the masks; do not apply them."""
+
+
+def apply(config: ApplyConfig) -> None:
+    """Do what `config` says.
+
+    Raises:
+        BarberError: for the user's mistakes, PyTorch not installed among them.
+        SystemExit: with 1, where --check-only finds weights that the masks prune and that are not zero.
+    """
+    out = config.out
+    if config.check_only and out:
+        raise BarberError("--check-only saves nothing; leave out --out or --check-only")
+    if out and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise BarberError(f"--out {out} exists and is not an empty folder; name another")
+    masks = read_masks(config.masks)
+    with needs("torch"):
+        from barber_jax.convert import torch_masks
+    model = _load_model(config.model)
+    report = torch_masks.check_masks(model, masks)
+    if not report.ok and not config.check_only:
+        where = "" if out else " (in memory alone: --out DIR saves the model)"
+        print(f"{report.total.violations} weights that the masks prune were not zero; now they are{where}")
+        torch_masks.apply_masks(model, masks, "in_place")
+        report = torch_masks.check_masks(model, masks)
+    print(report.table())
+    if not report.ok:
+        raise SystemExit(1)
+    if out:
+        _save(config.model, model, out)
+
+
+def _load_model(spec: str) -> "transformers.PreTrainedModel":
+    import transformers
+
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(spec, dtype="auto")
+    except Exception as error:  # transformers raises whatever its file readers raise
+        raise BarberError(f"--model {spec}: cannot load it: {str(error) or type(error).__name__}") from error
+
+
+def _save(spec: str, model: "transformers.PreTrainedModel", out: Path) -> None:
+    import transformers
+
+    try:
+        model.save_pretrained(out)
+    except Exception as error:  # the disk's errors arrive in safetensors' own type, not as OSError
+        raise BarberError(f"--out {out}: cannot save the model: {error}") from error
+    try:
+        transformers.AutoTokenizer.from_pretrained(spec).save_pretrained(out)
+    except (OSError, ValueError):
+        print(f"{spec} has no tokenizer that transformers can load; {out} holds the model alone")
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """The command line (None: sys.argv)."""
+    apply(parse(ApplyConfig, "barber_jax.convert.apply_masks", arguments))
+
+
+if __name__ == "__main__":
+    exit_with_one_line(run)
