@@ -96,6 +96,25 @@ def parse_mesh(text: str | None) -> tuple[int, int] | None:
     return sizes.get("data", 1), sizes.get("model", 1)
 
 
+def idle_options(rebuild: bool, auto: bool, refine: bool, reconstruct: bool) -> dict[str, str]:
+    """Options that no stage looks at, each with what would.
+
+    Args:
+        rebuild, refine, reconstruct: whether the stage is on. auto: whether alpha is `auto`.
+    """
+    rebuilding = "a rebuild; leave out --no-rebuild"
+    looks = {
+        "alpha": (rebuild, rebuilding),
+        "metric": (rebuild, rebuilding),
+        "reconstruct_rate": (reconstruct, "--reconstruct"),
+        "reconstruct_batch": (reconstruct, "--reconstruct"),
+        "reconstruct_scope": (reconstruct, "--reconstruct"),
+        "target": ((rebuild and auto) or refine or reconstruct, "--alpha auto, --refine or --reconstruct"),
+        "rounds": (rebuild or refine or reconstruct, "a rebuild, --refine or --reconstruct"),
+    }
+    return {option: needs for option, (looked_at, needs) in looks.items() if not looked_at}
+
+
 @dataclass(frozen=True)
 class PruneConfig:
     """Prune a Hugging Face checkpoint and rebuild its mask (LLM-Barber, arXiv 2408.10631)."""
@@ -227,9 +246,9 @@ class PruneConfig:
             self._require_least(option, 1)
         for option in ("refine", "reconstruct", "seed"):
             self._require_least(option, 0)
-        for option in ("refine", "reconstruct"):
+        for option in ("refine", "reconstruct", "reconstruct_batch", "rounds"):
             if getattr(self, option) > MOST:
-                raise BarberError(f"--{option} {getattr(self, option)} is above {MOST}")
+                raise BarberError(f"--{option.replace('_', '-')} {getattr(self, option)} is above {MOST}")
         self._refuse_idle()
         if not 0 < self.reconstruct_rate <= 1:
             raise BarberError(f"--reconstruct-rate {self.reconstruct_rate:g} is outside (0, 1]")
@@ -245,20 +264,13 @@ class PruneConfig:
             raise BarberError("--eval-windows needs --eval-text or --eval-dataset")
 
     def _refuse_idle(self) -> None:
-        """Raise BarberError where an option asks something of a stage that is off."""
-        reconstruct = ("reconstruct_rate", "reconstruct_batch", "reconstruct_scope")
-        needs = (
-            ("rounds", self.changes, "a rebuild, --refine or --reconstruct"),
-            ("target", self.chooses, "--alpha auto, --refine or --reconstruct"),
-            ("metric", self.rebuild, "a rebuild; leave out --no-rebuild"),
-            *((option, self.reconstruct, "--reconstruct") for option in reconstruct),
-        )
-        for option, there, what in needs:
+        idle = idle_options(self.rebuild, self.alpha == "auto", bool(self.refine), bool(self.reconstruct))
+        for option, needs in idle.items():
             value = getattr(self, option)
-            if not there and value != type(self).__dataclass_fields__[option].default:
-                raise BarberError(f"--{option.replace('_', '-')} {value} needs {what}")
-        if self.alpha == "auto" and not self.rebuild:
-            raise BarberError("--alpha auto needs a rebuild; leave out --no-rebuild")
+            # A fixed alpha is there even where none was asked for: the published one.
+            asks = value == "auto" if option == "alpha" else value != type(self).__dataclass_fields__[option].default
+            if asks:
+                raise BarberError(f"--{option.replace('_', '-')} {value} needs {needs}")
 
     def _require_least(self, option: str, least: int) -> None:
         value = getattr(self, option)

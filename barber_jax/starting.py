@@ -98,7 +98,8 @@ class CriterionStart:
             more = passes.statistics(self._block, criterion.statistic, dense, chunk)
             seen = jax.tree.map(jnp.add, seen, more) if seen else more
         if not all(bool(jnp.isfinite(statistic).all()) for statistic in jax.tree.leaves(seen)):
-            raise BarberError(f"block {index}: what enters its linears is not finite; the activations overflow")
+            where = f"block {index}: what enters its linears is not finite"
+            raise BarberError(f"{where}; the activations overflow, check the checkpoint's weights up to there")
         if criterion.prepare:
             where = f"block {index}, "
             seen = {n: criterion.prepare(s, self._samples, where + n, self._say) for n, s in seen.items()}

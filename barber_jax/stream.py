@@ -143,7 +143,8 @@ class Pruning:
                 masks |= work.masks
                 weights |= work.updated
                 if not math.isfinite(loss := work.record["loss_after"]):
-                    raise BarberError(f"block {index}, {sub.name}: the loss is {loss}; the activations overflow")
+                    where = f"block {index}, {sub.name}: the loss is {loss}"
+                    raise BarberError(f"{where}; the activations overflow, check the checkpoint's weights up to there")
                 records.append(work.record)
         with watch.stage("commit"):
             asked = self.start.needs_stream or self.config.save_start

@@ -29,7 +29,7 @@ from typing import Any
 import yaml
 
 from barber_jax.command import parse
-from barber_jax.config import PruneConfig
+from barber_jax.config import PruneConfig, idle_options
 from barber_jax.convert.export import MASKS, RUN, beside, writing
 from barber_jax.errors import BarberError
 from barber_jax.eval.perplexity import PerplexityConfig
@@ -101,6 +101,8 @@ def read_grid(paths: list[Path]) -> dict[str, Any]:
             _check_names(path, key, content.get(key, {}), options)
         for group in content.get("sweep", []):
             _check_names(path, "sweep", group, PruneConfig)
+            if [] in group.values():
+                raise BarberError(f"{path}: sweep: an option with an empty list makes no run; leave it out")
     if not whole["sweep"]:
         raise BarberError(f"{paths[0]}: no sweep; list groups of options to prune with")
     return whole
@@ -154,7 +156,7 @@ def settings(grid: dict[str, Any], ckpt: str) -> list[Setting]:
         lists = [value if isinstance(value, list) else [value] for value in group.values()]
         for values in itertools.product(*lists):
             varied = dict(zip(group, values, strict=True))
-            options = {**grid["prune"], **varied}
+            options = _of_stages_on({**grid["prune"], **varied})
             config = _config(ckpt, options)
             kept = {name: value for name, value in options.items() if name not in LATER}
             key = tuple(sorted((name, str(value)) for name, value in kept.items()))
@@ -175,6 +177,13 @@ def settings(grid: dict[str, Any], ckpt: str) -> list[Setting]:
         each if names.count(each.name) == 1 else _renamed(each, f"{each.name},{place}")
         for place, each in enumerate(found)
     ]
+
+
+def _of_stages_on(options: Options) -> Options:
+    """Without options of stages that are off here: a group may vary both."""
+    on = {name: str(options.get(name, 0)).lower() not in ("0", "false") for name in ("refine", "reconstruct")}
+    idle = idle_options(str(options.get("rebuild", True)).lower() != "false", options.get("alpha") == "auto", **on)
+    return {name: value for name, value in options.items() if name not in idle}
 
 
 def _renamed(setting: Setting, name: str) -> Setting:

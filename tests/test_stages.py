@@ -320,6 +320,8 @@ def _by_magnitude(weight):
         (["--refine", "-3"], "--refine -3 must be at least 0"),
         (["--refine", "3000000000"], "--refine 3000000000 is above 2147483647"),
         (["--reconstruct", "2147483648"], "--reconstruct 2147483648 is above 2147483647"),
+        (["--reconstruct", "2", "--reconstruct-batch", "2147483648"], "--reconstruct-batch 2147483648 is above"),
+        (["--rounds", "2147483648"], "--rounds 2147483648 is above"),
         (["--seed", "-1", "--reconstruct", "2"], "--seed -1 must be at least 0"),
         (["--alpha", "automatic"], "alpha"),
         (["--alpha", "1.5"], r"--alpha 1.5 is outside \[0, 1\]"),

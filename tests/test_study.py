@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from cli import ORACLES, command, prune_masks
 
+from barber_jax.command import parse
+from barber_jax.config import PruneConfig
 from barber_jax.convert.mask_file import read_masks
 from barber_jax.errors import BarberError
 from barber_jax.eval import study as study_module
@@ -178,6 +180,7 @@ def grid_file(tmp_path):
         ("sweep: [{metod: wanda}]", "sweep: unknown option 'metod'"),
         ("sweep: [{out: a}]", "sweep: unknown option 'out'"),
         ("sweep: {method: wanda}", "sweep must be a list"),
+        ("sweep: [{refine: [], rebuild: false}]", "an option with an empty list makes no run"),
         ("perplexity: {lenght: 3}", "perplexity: unknown option 'lenght'"),
         ("prune: 3", "prune must hold options"),
         ("dense: perhaps", "dense must be true or false"),
@@ -204,6 +207,35 @@ def test_bad_values_are_found_before_anything_runs(tmp_path, grid_file):
         read_grid([bad])
     with pytest.raises(BarberError, match=r"gone\.yaml: no such file"):
         read_grid([tmp_path / "gone.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("shared", "group", "runs"),
+    [
+        ("reconstruct_rate: 0.02", "reconstruct: [0, 5], rebuild: false", ["", "reconstruct 5 rate 0.02"]),
+        ("target: same", "rebuild: [true, false], refine: [0, 3]", ["", "", "refine 3 same", "refine 3 same"]),
+        ("rounds: 2", "rebuild: [true, false]", ["", "rounds 2"]),
+        ("metric: w, alpha: auto", "rebuild: [true, false]", ["", "alpha auto metric w"]),
+        ("samples: 4", "reconstruct: [0, 5], reconstruct_scope: [weights, all], rebuild: false",
+         ["", "reconstruct 5", "reconstruct 5 all"]),
+    ],
+)  # fmt: skip
+def test_a_group_may_vary_a_stage_and_its_options(tmp_path, shared, group, runs):
+    path = tmp_path / "grid.yaml"
+    path.write_text(f"prune: {{{shared}}}\nsweep: [{{{group}}}]\n")
+
+    def told(config):
+        words = [f"alpha auto metric {config.metric}"] if config.alpha == "auto" else []
+        words += [f"{name} {getattr(config, name)}" for name in ("refine", "reconstruct") if getattr(config, name)]
+        words += [f"rate {config.reconstruct_rate}"] if config.reconstruct_rate != 0.01 else []
+        words += [f"rounds {config.rounds}"] if config.rounds != 1 else []
+        return " ".join(words + [v for v in (config.target, config.reconstruct_scope) if v in ("same", "all")])
+
+    found = settings(read_grid([path]), str(LLAMA))
+    assert [told(each.config) for each in found] == runs
+    for each in found:
+        line = grid_command(each, str(LLAMA), study_module.Path("out"))
+        assert told(parse(PruneConfig, "barber_jax.prune", line)) == told(each.config)
 
 
 def test_settings_share_their_starts(grid_file):
