@@ -152,8 +152,8 @@ class PruneConfig:
     magnitude block, sparsegpt layer."""
     alpha: float | Literal["auto"] | None = None
     """Fraction of the mask outliers to swap, in [0, 1], or 'auto': for each sub-block what lowers its loss on samples
-    held apart most (too few to choose by where --samples is small). Default as published: wanda (and given masks)
-    0.01, magnitude and sparsegpt 0.1."""
+    held apart most (pays from poor masks such as magnitude's, not from wanda's). Default as published: wanda (and given
+    masks) 0.01, magnitude and sparsegpt 0.1."""
     metric: Metric = "wd"
     """Rebuild score: wd = |weight| x gradient (the paper's), w = |weight|, d = gradient."""
     retain_reconstruction: bool = False
