@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from barber_jax.errors import BarberError, exit_with_one_line
+from barber_jax.console.errors import BarberError, exit_with_one_line
 
 COMMANDS = {
     "prune": ("barber_jax.prune", "prune a checkpoint and rebuild its mask"),

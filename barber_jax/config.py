@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from barber_jax.console.errors import BarberError
 from barber_jax.convert.formats import Format
-from barber_jax.errors import BarberError
 
 Method = Literal["magnitude", "wanda", "sparsegpt"]
 Allocation = Literal["uniform", "owl"]

@@ -12,31 +12,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from barber_jax import allocation, interrupt, passes
-from barber_jax.calibration import load_calibration
-from barber_jax.command import parse, set_compilation_cache, set_precision
 from barber_jax.config import PruneConfig, parse_mesh
+from barber_jax.console import interrupt
+from barber_jax.console.command import parse, set_compilation_cache, set_precision
+from barber_jax.console.errors import BarberError, DamagedInput, exit_with_one_line
+from barber_jax.console.progress import Progress
 from barber_jax.convert.checkpoint import Checkpoint, open_checkpoint
 from barber_jax.convert.export import RUN, FolderWriter, beside, check_destination
 from barber_jax.convert.formats import apply_format
 from barber_jax.convert.hf_folder import HFFolder
-from barber_jax.convert.mask_file import read_masks
 from barber_jax.convert.parameters import check_tensors
-from barber_jax.criteria import CRITERIA
-from barber_jax.errors import BarberError, DamagedInput, exit_with_one_line
+from barber_jax.criteria import CRITERIA, allocation
+from barber_jax.criteria.starting import CriterionStart, MaskFileStart, SparseCheckpointStart, Start
+from barber_jax.data.calibration import load_calibration
+from barber_jax.devices.hosts import join
+from barber_jax.devices.mesh import Devices, is_primary, require_agreement
 from barber_jax.eval.perplexity import cut_windows, evaluation_ids, perplexity
-from barber_jax.fingerprint import array_fingerprint, fingerprint
-from barber_jax.history import History
-from barber_jax.hosts import join
-from barber_jax.mesh import Devices, is_primary, require_agreement
+from barber_jax.forward import passes
+from barber_jax.masks.mask_file import read_masks
 from barber_jax.models import build_model
 from barber_jax.models.family import Model
-from barber_jax.progress import Progress
-from barber_jax.report import run_record, totals
-from barber_jax.report_page import write_report
-from barber_jax.run_state import RunState
-from barber_jax.starting import CriterionStart, MaskFileStart, SparseCheckpointStart, Start
-from barber_jax.stream import Pruning
+from barber_jax.reports.report_page import write_report
+from barber_jax.reports.run_record import run_record, totals
+from barber_jax.run.fingerprint import array_fingerprint, fingerprint
+from barber_jax.run.history import History
+from barber_jax.run.run_state import RunState
+from barber_jax.run.stream import Pruning
 
 
 def check(config: PruneConfig, checkpoint: Checkpoint, model: Model, devices: Devices) -> None:

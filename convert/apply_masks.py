@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from barber_jax.command import parse
-from barber_jax.convert.mask_file import read_masks
-from barber_jax.errors import BarberError, exit_with_one_line
-from barber_jax.extras import needs
+from barber_jax.console.command import parse
+from barber_jax.console.errors import BarberError, exit_with_one_line
+from barber_jax.console.extras import needs
+from barber_jax.masks.mask_file import read_masks
 
 if TYPE_CHECKING:
     import transformers

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from barber_jax.errors import BarberError, DamagedInput
+from barber_jax.console.errors import BarberError, DamagedInput
 
 LARGEST_FILE = 5 * 10**9
 """Bytes of tensors in one safetensors file, where the source says nothing of files."""

@@ -3,9 +3,9 @@
 from fnmatch import fnmatch
 from pathlib import Path
 
-from barber_jax import hub
+from barber_jax.console.errors import BarberError
 from barber_jax.convert.folder import COMPANIONS
-from barber_jax.errors import BarberError
+from barber_jax.data import hub
 
 SAFETENSORS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 TORCH = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from barber_jax.console.errors import BarberError
 from barber_jax.convert.checkpoint import Checkpoint
 from barber_jax.convert.hf_folder import INDEX, WEIGHTS
-from barber_jax.convert.mask_file import mask_metadata, pack, packed_length
 from barber_jax.convert.safetensors_writer import SafetensorsWriter
-from barber_jax.errors import BarberError
+from barber_jax.masks.mask_file import mask_metadata, pack, packed_length
 
 MASKS = "masks.safetensors"
 START_MASKS = "start_masks.safetensors"

@@ -9,8 +9,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from barber_jax.console.errors import BarberError
 from barber_jax.convert.checkpoint import Checkpoint
-from barber_jax.errors import BarberError
 
 COMPANIONS = (
     "generation_config.json",

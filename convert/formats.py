@@ -5,7 +5,7 @@ from typing import Literal
 
 from barber_jax.convert.export import MASKS, writing
 from barber_jax.convert.hf_folder import INDEX, HFFolder
-from barber_jax.convert.mask_file import read_masks
+from barber_jax.masks.mask_file import read_masks
 
 Format = Literal["hf", "orbax", "both"]
 """hf: safetensors as Hugging Face has them. orbax: the Flax parameter tree and the masks. both: side by side."""

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from barber_jax.errors import BarberError
+from barber_jax.console.errors import BarberError
 
 # Metadata that would change the computation in a way Hugging Face's llama has no word for.
 UNSUPPORTED = (

@@ -11,11 +11,11 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
+from barber_jax.console.errors import BarberError
 from barber_jax.convert.checkpoint import Checkpoint, split_files
 from barber_jax.convert.gguf_config import llama_config
 from barber_jax.convert.gguf_header import Header, StoredTensor, read_header
 from barber_jax.convert.gguf_tokenizer import build_tokenizer, has_tokenizer, special_ids
-from barber_jax.errors import BarberError
 
 # Hugging Face's llama has a bias on all four attention projections or on none; a model that has it on the first three
 # only (as llama.cpp allows) is the same model with zeros here.

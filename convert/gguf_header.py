@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
-from barber_jax.errors import BarberError
+from barber_jax.console.errors import BarberError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from barber_jax.console.errors import BarberError
 from barber_jax.convert.folder import FLOATS, ShardedFolder
-from barber_jax.errors import BarberError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

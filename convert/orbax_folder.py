@@ -19,11 +19,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from barber_jax.console.errors import BarberError
 from barber_jax.convert.checkpoint import Checkpoint, split_files
 from barber_jax.convert.folder import FLOATS, ORBAX, ModelFolder
-from barber_jax.convert.mask_file import Masks
 from barber_jax.convert.parameters import to_flax, to_hf
-from barber_jax.errors import BarberError
+from barber_jax.masks.mask_file import Masks
 from barber_jax.models import build_model
 from barber_jax.models.family import Model
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from barber_jax.console.errors import BarberError
 from barber_jax.convert.checkpoint import Checkpoint
-from barber_jax.errors import BarberError
 from barber_jax.models.decoder import Definition
 from barber_jax.models.family import Model
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from barber_jax.errors import BarberError
+from barber_jax.console.errors import BarberError
 
 DTYPE_NAMES: dict[np.dtype, str] = {
     np.dtype(dtype): name

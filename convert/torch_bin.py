@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from barber_jax.console.errors import BarberError
 from barber_jax.convert.folder import FLOATS, ShardedFolder
-from barber_jax.errors import BarberError
 
 WEIGHTS = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"

@@ -17,8 +17,8 @@ from typing import Literal
 import torch
 from torch.nn.utils import prune
 
-from barber_jax.convert.mask_file import Masks, read_masks
-from barber_jax.errors import BarberError
+from barber_jax.console.errors import BarberError
+from barber_jax.masks.mask_file import Masks, read_masks
 
 MaskSource = Mapping[str, torch.Tensor] | Masks | str | os.PathLike
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from barber_jax.convert.mask_file import read_masks
-from barber_jax.errors import BarberError
+from barber_jax.console.errors import BarberError
 from barber_jax.eval.runs import Run
+from barber_jax.masks.mask_file import read_masks
 
 
 @dataclass

@@ -23,13 +23,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from barber_jax import passes
-from barber_jax.command import parse, set_compilation_cache, set_precision
 from barber_jax.config import PruneConfig
+from barber_jax.console.command import parse, set_compilation_cache, set_precision
+from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.convert.checkpoint import open_checkpoint
 from barber_jax.convert.export import writing
-from barber_jax.errors import BarberError, exit_with_one_line
 from barber_jax.eval import operations
+from barber_jax.forward import passes
 from barber_jax.models import build_model
 from barber_jax.models.family import Model
 from barber_jax.prune import prune

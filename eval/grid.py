@@ -28,14 +28,14 @@ from typing import Any
 
 import yaml
 
-from barber_jax.command import parse
 from barber_jax.config import PruneConfig, idle_options
+from barber_jax.console.command import parse
+from barber_jax.console.errors import BarberError
 from barber_jax.convert.export import MASKS, RUN, beside, writing
-from barber_jax.errors import BarberError
 from barber_jax.eval.perplexity import PerplexityConfig
 from barber_jax.eval.runs import PERPLEXITY, REBUILD, STAGES, ZERO_SHOT
 from barber_jax.eval.zero_shot import ZeroShotConfig
-from barber_jax.report import load_record
+from barber_jax.reports.run_record import load_record
 
 KEYS = ("prune", "sweep", "perplexity", "zero_shot", "dense")
 OWN = (

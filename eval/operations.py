@@ -7,10 +7,10 @@ products of matrices count; what is done weight by weight (selection, norms, act
 from collections.abc import Iterator
 
 from barber_jax.config import PruneConfig
-from barber_jax.layerwise import SHRINKAGES, inputs
 from barber_jax.models.decoder import SubBlock
 from barber_jax.models.family import Model
-from barber_jax.stages import ALPHAS, CHECKS, samples_apart
+from barber_jax.stages.layerwise import SHRINKAGES, inputs
+from barber_jax.stages.sub_block import ALPHAS, CHECKS, samples_apart
 
 
 def attention_products(model: Model, samples: int, length: int) -> int:

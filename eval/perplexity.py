@@ -21,20 +21,20 @@ import numpy as np
 import optax
 from jax import lax
 
-from barber_jax import text
-from barber_jax.calibration import check_ids, load_ids
-from barber_jax.command import parse, set_compilation_cache, set_precision
 from barber_jax.config import ComputeDtype, parse_mesh
+from barber_jax.console.command import parse, set_compilation_cache, set_precision
+from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.convert.checkpoint import Checkpoint, open_checkpoint
 from barber_jax.convert.export import writing
 from barber_jax.convert.parameters import check_tensors
-from barber_jax.errors import BarberError, exit_with_one_line
-from barber_jax.eval.forward import final_hidden, on_devices
-from barber_jax.mesh import DATA, Devices, constrain
+from barber_jax.data import text
+from barber_jax.data.calibration import check_ids, load_ids
+from barber_jax.devices.mesh import DATA, Devices, constrain
+from barber_jax.forward.dense import final_hidden, on_devices
+from barber_jax.forward.passes import Parameters, default_batch
 from barber_jax.models import build_model
 from barber_jax.models.decoder import Definition
 from barber_jax.models.family import Model
-from barber_jax.passes import Parameters, default_batch
 
 # The loss of this many tokens is taken at a time, so that logits over a large vocabulary stay small.
 HEAD_TOKENS = 256

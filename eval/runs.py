@@ -4,10 +4,10 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from barber_jax.console.errors import BarberError
 from barber_jax.convert.export import MASKS, RUN, START_MASKS
-from barber_jax.errors import BarberError
 from barber_jax.eval.perplexity import read_results
-from barber_jax.report import ALLOTMENT, load_record
+from barber_jax.reports.run_record import ALLOTMENT, load_record
 
 PERPLEXITY, ZERO_SHOT = "perplexity.json", "zero_shot.json"
 """Beside run.json: what eval.perplexity and eval.zero_shot wrote with --json."""

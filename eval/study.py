@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from barber_jax.command import parse
+from barber_jax.console.command import parse
+from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.convert.export import writing
-from barber_jax.errors import BarberError, exit_with_one_line
 from barber_jax.eval.agreement import agreement, refusal
 from barber_jax.eval.grid import read_grid, run_grid
 from barber_jax.eval.runs import Run, load_runs
@@ -79,7 +79,7 @@ def study(runs: list[Run], out: Path, compare: str = "auto") -> str:
     Raises:
         BarberError: masks cannot be compared but must be, or nothing can be written.
     """
-    from barber_jax.page import page
+    from barber_jax.reports.page import page
 
     # `agreement` raises the reason where there is one.
     reason = {"auto": refusal(runs), "require": None, "skip": "masks were not compared, as asked"}[compare]

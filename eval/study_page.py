@@ -7,8 +7,8 @@ import numpy as np
 from barber_jax.eval.agreement import Overlap
 from barber_jax.eval.runs import Run
 from barber_jax.eval.tables import Pairs, Table
-from barber_jax.figures import MAP, SERIES, Plots, heat, stacked
-from barber_jax.page import table
+from barber_jax.reports.figures import MAP, SERIES, Plots, heat, stacked
+from barber_jax.reports.page import table
 
 
 def page_parts(

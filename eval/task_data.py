@@ -13,7 +13,7 @@ from pathlib import Path
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
-from barber_jax.errors import BarberError
+from barber_jax.console.errors import BarberError
 
 
 def load_tasks(names: Sequence[str], data_dir: Path | None) -> dict[str, ConfigurableTask]:

@@ -23,20 +23,20 @@ from jax import lax
 from rich.console import Console
 from rich.progress import track
 
-from barber_jax.command import parse, set_compilation_cache, set_precision
+from barber_jax.console.command import parse, set_compilation_cache, set_precision
+from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.convert.checkpoint import open_checkpoint
 from barber_jax.convert.export import beside, writing
 from barber_jax.convert.hf_folder import WEIGHTS
 from barber_jax.convert.parameters import to_hf
 from barber_jax.convert.safetensors_writer import SafetensorsWriter
-from barber_jax.errors import BarberError, exit_with_one_line
+from barber_jax.data.text import read_documents, tokenize
 from barber_jax.eval.demo import PROSE, fetch, split_prose
 from barber_jax.eval.perplexity import cut_windows, perplexity
+from barber_jax.forward.passes import Parameters
 from barber_jax.models import build_model
 from barber_jax.models.decoder import Definition, define
 from barber_jax.models.family import Model
-from barber_jax.passes import Parameters
-from barber_jax.text import read_documents, tokenize
 
 DEMO = Path(".demo")
 END = "</s>"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from barber_jax import prune
-from barber_jax.convert.mask_file import read_masks
+from barber_jax.masks.mask_file import read_masks
 
 ORACLES = Path(__file__).parent / "oracles"
 

@@ -4,7 +4,7 @@ A criterion is one file here that defines `CRITERION`, and one line of `CRITERIA
 """
 
 from barber_jax.criteria import magnitude, sparsegpt, wanda
-from barber_jax.criteria.criterion import Criterion
+from barber_jax.criteria.base import Criterion
 
 CRITERIA: dict[str, Criterion] = {
     "magnitude": magnitude.CRITERION,

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.scipy.linalg import solve_triangular
 
-from barber_jax import masks
 from barber_jax.config import SparsityPattern
-from barber_jax.criteria.criterion import Criterion, Quota
-from barber_jax.errors import BarberError
+from barber_jax.console.errors import BarberError
+from barber_jax.criteria.base import Criterion, Quota
+from barber_jax.masks import selection as masks
 
 BLOCK = 128
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)

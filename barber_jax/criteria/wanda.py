@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from barber_jax import masks
 from barber_jax.config import SparsityPattern
-from barber_jax.criteria.criterion import Criterion, Quota
+from barber_jax.criteria.base import Criterion, Quota
+from barber_jax.masks import selection as masks
 
 
 def statistic(x: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """Model families in Flax NNX, found by Hugging Face's `model_type`."""
 
-from barber_jax.errors import BarberError
+from barber_jax.console.errors import BarberError
 from barber_jax.models import llama, mistral, opt, qwen
 from barber_jax.models.family import Model
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from flax import nnx
 
-from barber_jax.errors import BarberError
+from barber_jax.console.errors import BarberError
 from barber_jax.models.decoder import ACTIVATIONS, Block, BlockDefinition, Decoder, Definition, SubBlock, define
 
 

@@ -6,7 +6,7 @@ Qwen3 (arXiv 2505.09388): each head's queries and keys go through an RMSNorm; he
 
 from dataclasses import replace
 
-from barber_jax.errors import BarberError
+from barber_jax.console.errors import BarberError
 from barber_jax.models import llama
 from barber_jax.models.family import HFConfig, Model
 

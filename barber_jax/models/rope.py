@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from barber_jax.errors import BarberError
+from barber_jax.console.errors import BarberError
 
 
 @dataclass(frozen=True)

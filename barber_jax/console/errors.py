@@ -1,0 +1,39 @@
+"""The one error a user is meant to see, and how a command line shows it."""
+
+import sys
+from collections.abc import Callable
+
+from barber_jax.console import interrupt
+
+
+class BarberError(Exception):
+    """A mistake the user can mend: one line that names the file, option or tensor, and the way out."""
+
+
+class DamagedInput(BarberError):
+    """What is read must be fetched again, so that an unfinished run cannot go on with it."""
+
+
+def exit_with_one_line(main: Callable[[], None]) -> None:
+    """Run a command's `main`; turn `BarberError` into `error: ...` on stderr and exit status 2.
+
+    So is an `OSError` that names a file.
+    """
+    interrupt.watch()
+    try:
+        with interrupt.translated():
+            main()
+    except BarberError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        # A path that the system refuses (too long, forbidden, gone meanwhile). Without a name it is no such thing.
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; give another path or mend this one", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:
+        interrupt.unwatch()

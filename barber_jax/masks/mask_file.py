@@ -1,0 +1,169 @@
+"""masks.safetensors: which weights a pruned model keeps, one bit a weight.
+
+One uint8 tensor per pruned matrix, under the weight's Hugging Face name: `numpy.packbits` of the flattened [out, in]
+mask, True = kept. The header's metadata hold format, version, pattern, sparsity and the matrices' shapes.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from barber_jax.console.errors import BarberError
+
+FORMAT = "barber_jax.masks"
+VERSION = 1
+
+
+def packed_length(shape: tuple[int, int]) -> int:
+    """Bytes that a packed [out, in] mask takes."""
+    return -(-math.prod(shape) // 8)
+
+
+def pack(mask: np.ndarray) -> np.ndarray:
+    """Eight weights a byte: bool [out, in] -> uint8 [ceil(out * in / 8)]. Raises ValueError if not a bool matrix."""
+    if mask.dtype != np.bool_ or mask.ndim != 2:
+        raise ValueError(f"a mask is a bool matrix, not {mask.dtype} of shape {mask.shape}")
+    return np.packbits(mask.reshape(-1))
+
+
+def unpack(packed: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """The inverse of `pack`: uint8 [ceil(out * in / 8)] -> bool [out, in]. Raises ValueError if they do not fit."""
+    if packed.dtype != np.uint8 or packed.shape != (packed_length(shape),):
+        raise ValueError(f"{packed.dtype} of shape {packed.shape} is not a packed mask of shape {tuple(shape)}")
+    return np.unpackbits(packed, count=math.prod(shape)).view(np.bool_).reshape(shape)
+
+
+def mask_metadata(pattern: str, sparsity: float, shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
+    """The header metadata of a mask file.
+
+    Args:
+        pattern: "unstructured" or N:M such as "2:4".
+        sparsity: the fraction of weights pruned.
+        shapes: weight name -> (out, in).
+    """
+    return {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "pattern": pattern,
+        "sparsity": str(float(sparsity)),
+        "shapes": json.dumps({name: [int(n) for n in shape] for name, shape in shapes.items()}),
+    }
+
+
+class Masks:
+    """A mask file opened for reading; masks are read when asked for.
+
+    Attributes:
+        path: the file.
+        pattern: "unstructured" or N:M such as "2:4".
+        sparsity: the fraction of weights pruned that was asked for.
+        shapes: weight name -> (out, in).
+    """
+
+    def __init__(self, path: Path, file: safe_open):
+        self.path = path
+        self._file = file
+        metadata = self._metadata()
+        self.pattern = metadata["pattern"]
+        self.sparsity = self._parse_sparsity(metadata["sparsity"])
+        self.shapes = self._parse_shapes(metadata["shapes"])
+        self._check_tensors()
+
+    def names(self) -> list[str]:
+        """The pruned weights' Hugging Face names."""
+        return list(self.shapes)
+
+    def read(self, name: str) -> np.ndarray:
+        """One mask, bool [out, in], True = kept. Raises BarberError if the file has none of that name."""
+        return unpack(self.packed(name), self.shapes[name])
+
+    def packed(self, name: str) -> np.ndarray:
+        """One mask as `pack` makes it, uint8. Raises BarberError if the file has none of that name."""
+        if name not in self.shapes:
+            raise BarberError(f"{self.path}: no mask for {name}; the first there is {next(iter(self.shapes), 'none')}")
+        try:
+            return self._file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise BarberError(f"{self.path}: cannot read {name}: {error}; write or copy the file again") from error
+
+    def _bad(self, what: str) -> BarberError:
+        return BarberError(f"{self.path}: {what}; write or copy the mask file again")
+
+    def _metadata(self) -> dict[str, str]:
+        metadata = self._file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise BarberError(
+                f"{self.path}: not a mask file: its metadata say format {metadata.get('format')!r}, not {FORMAT!r}; "
+                "give the masks.safetensors that was written beside the pruned model"
+            )
+        version = metadata.get("version", "")
+        if not re.fullmatch("[0-9]{1,9}", version):
+            raise self._bad(f"version {version!r} is not a number")
+        if int(version) > VERSION:
+            raise BarberError(
+                f"{self.path}: mask file version {version} is newer than {VERSION}, the newest known; update barber_jax"
+            )
+        for key in ("pattern", "sparsity", "shapes"):
+            if not metadata.get(key):
+                raise self._bad(f"the metadata lack {key!r}")
+        return metadata
+
+    def _parse_sparsity(self, text: str) -> float:
+        try:
+            sparsity = float(text)
+        except ValueError:
+            sparsity = math.nan
+        if not 0 <= sparsity <= 1:
+            raise self._bad(f"sparsity {text!r} is not a number between 0 and 1")
+        return sparsity
+
+    def _parse_shapes(self, text: str) -> dict[str, tuple[int, int]]:
+        try:
+            shapes = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise self._bad("the metadata's shapes are not JSON") from error
+        if not isinstance(shapes, dict):
+            raise self._bad("the metadata's shapes are not a JSON object")
+        for name, shape in shapes.items():
+            if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
+                raise self._bad(f"the shape of {name} is {shape!r}, not [out, in]")
+        return {name: (shape[0], shape[1]) for name, shape in shapes.items()}
+
+    def _check_tensors(self) -> None:
+        tensors = set(self._file.keys())
+        if tensors != self.shapes.keys():
+            odd = min(tensors ^ self.shapes.keys())
+            raise self._bad(f"{odd} has a {'mask but no shape' if odd in tensors else 'shape but no mask'}")
+        for name, shape in self.shapes.items():
+            tensor = self._file.get_slice(name)
+            if tensor.get_dtype() != "U8":
+                raise self._bad(f"the mask of {name} has dtype {tensor.get_dtype()}, not U8")
+            if tensor.get_shape() != [packed_length(shape)]:
+                raise self._bad(
+                    f"the mask of {name} has shape {tensor.get_shape()}; "
+                    f"{list(shape)} weights pack into [{packed_length(shape)}]"
+                )
+
+
+def read_masks(path: str | os.PathLike) -> Masks:
+    """Open a mask file; its header is checked now, its masks are read when asked for.
+
+    Raises:
+        BarberError: the file is missing, damaged, not a mask file, or of a newer version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise BarberError(f"{path}: no such file; give a masks.safetensors file")
+    try:
+        file = safe_open(path, framework="np")
+    except SafetensorError as error:
+        raise BarberError(f"{path}: not a safetensors file, or cut short ({error}); write or copy it again") from error
+    except OSError as error:
+        raise BarberError(f"cannot read {path}: {error.strerror or error}; check its permissions") from error
+    return Masks(path, file)

@@ -1,0 +1,157 @@
+"""Several processes on this machine compute one result, and do not outlive each other."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from checkpoints import BASE, write_model
+from cli import prune_masks
+
+from barber_jax.devices import hosts
+from barber_jax.masks.mask_file import read_masks
+
+RUN = ["--samples", "4", "--length", "16", "--alpha", "0.3"]
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    write_model(tmp_path / "dense", num_hidden_layers=3)
+    np.save(tmp_path / "ids.npy", np.random.default_rng(1).integers(0, BASE["vocab_size"], (4, 16)))
+    return tmp_path
+
+
+def start(inputs, out, processes, *options, program=("-m", "barber_jax.prune")):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    common = ["--ckpt", inputs / "dense", "--calibration", inputs / "ids.npy", "--out", out, *RUN, *options]
+    common += ["--coordinator", f"127.0.0.1:{port}", "--processes", processes]
+    return [
+        subprocess.Popen(
+            list(map(str, [sys.executable, *program, *common, "--process", process])),
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **flags},
+        )
+        for process in range(processes)
+    ]
+
+
+@pytest.mark.parametrize("options", [[], ["--mesh", "data=2,model=2"], ["--method", "sparsegpt", "--format", "both"]])
+def test_two_processes_of_two_devices_give_the_masks_of_one(options, inputs):
+    both = start(inputs, inputs / "two", 2, *options)
+    said = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert said[0].splitlines()[0].startswith("4 x cpu")
+    # The second process has nothing to say of the run, and wrote nothing: there is one folder.
+    assert "blocks" not in said[1]
+    alone = [] if "--mesh" in options else options
+    one = prune_masks(inputs / "one", inputs / "dense", inputs / "ids.npy", *RUN, *alone)
+    two = read_masks(inputs / "two" / "masks.safetensors")
+    for name, mask in one.items():
+        assert np.mean(two.read(name) == mask) >= 0.9995
+        assert two.read(name).sum() == mask.sum()
+    assert not (inputs / "two.run").exists() and not (inputs / "two.partial").exists()
+
+
+DYING = """
+import os, sys
+from barber_jax import prune
+from barber_jax.devices import hosts
+from barber_jax.run import stream
+hosts.HEARTBEAT_S = 10
+record = stream.Pruning._record
+def die(self, index, *rest):
+    if index == 1 and "--process 1" in " ".join(sys.argv):
+        os._exit(9)
+    return record(self, index, *rest)
+stream.Pruning._record = die
+prune.run(sys.argv[1:])
+"""
+
+CUT_OFF = """
+import os, sys
+from barber_jax import prune
+from barber_jax.run import stream
+finish = stream.Pruning._record
+def die(self, index, *rest):
+    if index == 2:
+        os._exit(9)
+    return finish(self, index, *rest)
+stream.Pruning._record = die
+prune.run(sys.argv[1:])
+"""
+
+
+def test_two_processes_go_on_with_a_run(inputs):
+    whole = start(inputs, inputs / "whole", 2)
+    said = [process.communicate(timeout=300)[1] for process in whole]
+    assert [process.returncode for process in whole] == [0, 0], said
+    cut = start(inputs, inputs / "two", 2, program=("-c", CUT_OFF))
+    assert [process.wait(timeout=300) for process in cut] == [9, 9]
+    both = start(inputs, inputs / "two", 2, "--resume")
+    said = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert "going on after 2 of 3 blocks" in said[0]
+    for name in ("masks.safetensors", "model.safetensors"):
+        assert (inputs / "two" / name).read_bytes() == (inputs / "whole" / name).read_bytes()
+    assert not (inputs / "two.run").exists()
+
+
+def test_a_process_that_dies_stops_the_other(inputs):
+    began = time.monotonic()
+    both = start(inputs, inputs / "two", 2, program=("-c", DYING))
+    said = [process.communicate(timeout=150)[1] for process in both]
+    assert both[1].returncode == 9
+    assert both[0].returncode != 0, said[0]
+    assert time.monotonic() - began < 120
+    assert not (inputs / "two").exists()
+
+
+def test_processes_with_different_options_stop(inputs):
+    both = start(inputs, inputs / "two", 2)
+    both[1].kill()
+    both[1].wait()
+    line = list(both[1].args)
+    line[line.index("0.3")] = "0.4"
+    other = subprocess.Popen(line, stderr=subprocess.PIPE, text=True,
+                             env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"})  # fmt: skip
+    said = [process.communicate(timeout=150)[1] for process in (both[0], other)]
+    assert both[0].returncode != 0 and other.returncode != 0
+    assert "the processes differ in options or files" in "".join(said)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--coordinator", "here:1"], "give all three"),
+        (["--coordinator", "here", "--processes", "2", "--process", "0"], "not host:port"),
+        (["--coordinator", "here:1", "--processes", "2", "--process", "2"], "not one of the 2"),
+    ],
+)
+def test_bad_process_options(options, complaint, inputs):
+    line = [sys.executable, "-m", "barber_jax.prune", "--ckpt", inputs / "dense", "--out", inputs / "out", *options]
+    done = subprocess.run(list(map(str, line)), capture_output=True, text=True)
+    assert done.returncode == 2 and complaint in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "several"),
+    [
+        ({}, False),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, False),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, True),
+        ({"KUBERNETES_SERVICE_HOST": "x"}, False),
+        ({"KUBERNETES_SERVICE_HOST": "x", "JOB_COMPLETION_INDEX": "1"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "one"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "one,two"}, True),
+    ],
+)
+def test_clusters_are_recognised(said, several, monkeypatch):
+    monkeypatch.setattr(os, "environ", {**said, "JAX_PLATFORMS": "cpu"})
+    assert hosts.in_cluster() is several
