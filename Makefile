@@ -2,14 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+# Both cores work; a process of its own for each, as compiled programs are cached by process.
+WORKERS ?= $(shell nproc 2> /dev/null || echo 2)
 
-.PHONY: demo test slow-test lint clean
+.PHONY: demo test slow-test lint package clean
 
 demo: .venv/.installed
 	$(BIN)/python -m barber_jax.eval.demo .demo
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS)
 
 slow-test: .venv/.installed-test
 	$(BIN)/python -m pytest -m slow
@@ -17,6 +19,9 @@ slow-test: .venv/.installed-test
 lint: .venv/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+package: .venv/.installed-test
+	$(BIN)/python -m pytest -m package
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try make PYTHON=python3.12")'

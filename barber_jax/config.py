@@ -1,344 +1,263 @@
-"""What a pruning run is asked to do: frozen dataclasses that validate themselves."""
+"""Options of a pruning run: the groups that lie beside the code they are for, put together and checked against each
+other."""
 
-import math
-import re
+import dataclasses
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
+from barber_jax.console.command import parse_groups
 from barber_jax.console.errors import BarberError
+from barber_jax.console.options import OptionGroup, flag
 from barber_jax.convert.formats import Format
+from barber_jax.criteria import CRITERIA
+from barber_jax.criteria.allocation import AllocationOptions
+from barber_jax.criteria.starting import StartOptions
+from barber_jax.data.calibration import CalibrationOptions
+from barber_jax.devices.options import DeviceOptions
+from barber_jax.forward.perplexity import EvaluationOptions
+from barber_jax.masks.pattern import PatternOptions
+from barber_jax.stages import unused_options, validates
+from barber_jax.stages.base import SharedOptions
+from barber_jax.stages.rebuild import RebuildOptions
+from barber_jax.stages.reconstruct import ReconstructOptions
+from barber_jax.stages.refine import RefineOptions
+from barber_jax.stages.table import enabled_stages, needs_dense_stream
 
-Method = Literal["magnitude", "wanda", "sparsegpt"]
-Allocation = Literal["uniform", "owl"]
-Granularity = Literal["block", "layer", "output1", "input1"]
-Metric = Literal["wd", "w", "d"]
-ComputeDtype = Literal["float32", "bfloat16"]
-TokenWeighting = Literal["none", "norm"]
-Target = Literal["same", "dense"]
-Trained = Literal["weights", "all"]
-
-PUBLISHED: dict[str, tuple[Granularity, float]] = {
-    "magnitude": ("block", 0.1),
-    "wanda": ("output1", 0.01),
-    "sparsegpt": ("layer", 0.1),
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "paper": {},
+    "mask": {"rebuild": False, "token_weighting": "norm", "refine": 30},
+    "best": {"rebuild": False, "token_weighting": "norm", "refine": 10, "reconstruct": 200},
 }
-"""Starting criterion -> granularity and alpha as published (arXiv 2408.10631, table of settings)."""
-MOST = 2**31 - 1
-"""Swaps and steps are counted in int32."""
-OWL_LAMBDA, OWL_M = 0.08, 5.0
-"""As published for LLaMA (arXiv 2310.05175)."""
+"""Preset -> the defaults that it changes."""
+NOT_REPEATED = ("overwrite", "resume", "verbose", "compilation_cache", "coordinator", "processes", "process")
+"""Options of one machine or one attempt, not of the result."""
 
 
-@dataclass(frozen=True)
-class SparsityPattern:
-    """Where zeros may lie: anywhere (`unstructured`), or `keep` kept in each group of `of` consecutive inputs.
+@dataclass(frozen=True, kw_only=True)
+class PresetOptions(OptionGroup):
+    """A recipe: defaults for the options below, any of which wins over it."""
 
-    Attributes:
-        sparsity: fraction of weights pruned, in [0, 1).
-        keep, of: N and M of an N:M pattern; 0 for unstructured.
-    """
-
-    sparsity: float
-    keep: int = 0
-    of: int = 0
-
-    @classmethod
-    def parse(cls, pattern: str, sparsity: float | None) -> "SparsityPattern":
-        """From the command line's `--pattern` and `--sparsity` (None: not given).
-
-        Raises:
-            BarberError: an unknown pattern, N > M, a sparsity outside [0, 1) or in conflict with N:M.
-        """
-        if sparsity is not None and not 0 <= sparsity < 1:  # NaN fails this too
-            raise BarberError(f"--sparsity {sparsity:g} is outside [0, 1)")
-        if pattern == "unstructured":
-            return cls(0.5 if sparsity is None else sparsity)
-        found = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", pattern)
-        if not found:
-            raise BarberError(f"--pattern {pattern!r} is neither 'unstructured' nor N:M such as 2:4")
-        keep, of = int(found[1]), int(found[2])
-        if not 1 <= keep <= of:
-            raise BarberError(f"--pattern {pattern}: keeping N of every M inputs needs 1 <= N <= M")
-        implied = 1 - keep / of
-        if sparsity is not None and not math.isclose(sparsity, implied, abs_tol=1e-6):
-            raise BarberError(f"--sparsity {sparsity:g} conflicts with --pattern {pattern}, which means {implied:g}")
-        return cls(implied, keep, of)
-
-    @property
-    def structured(self) -> bool:
-        """Whether it is N:M."""
-        return self.of > 0
-
-    def __str__(self) -> str:
-        return f"{self.keep}:{self.of}" if self.structured else "unstructured"
-
-    def check_inputs(self, inputs: int, name: str) -> None:
-        """Raise BarberError unless the groups of M fit a linear with that many inputs."""
-        if self.structured and inputs % self.of:
-            raise BarberError(f"--pattern {self}: {self.of} does not divide the {inputs} inputs of {name}")
+    preset: Literal[*PRESETS] = "paper"
+    """A recipe: paper = LLM-Barber as published, mask = the best mask, best = mask and trained weights."""
 
 
-def parse_mesh(text: str | None) -> tuple[int, int] | None:
-    """`data=N,model=M`, either of them left out for 1 -> (N, M).
-
-    Raises:
-        BarberError: not of that form.
-    """
-    if text is None:
-        return None
-    parts = [re.fullmatch(r"(data|model)=([1-9][0-9]{0,5})", part) for part in text.split(",")]
-    sizes = {part[1]: int(part[2]) for part in parts if part}
-    if len(sizes) != len(parts):
-        raise BarberError(f"--mesh {text!r} is not of the form data=N,model=M, such as data=4,model=2")
-    return sizes.get("data", 1), sizes.get("model", 1)
-
-
-def idle_options(rebuild: bool, auto: bool, refine: bool, reconstruct: bool) -> dict[str, str]:
-    """Options that no stage looks at, each with what would.
-
-    Args:
-        rebuild, refine, reconstruct: whether the stage is on. auto: whether alpha is `auto`.
-    """
-    rebuilding = "a rebuild; leave out --no-rebuild"
-    looks = {
-        "alpha": (rebuild, rebuilding),
-        "metric": (rebuild, rebuilding),
-        "reconstruct_rate": (reconstruct, "--reconstruct"),
-        "reconstruct_batch": (reconstruct, "--reconstruct"),
-        "reconstruct_scope": (reconstruct, "--reconstruct"),
-        "target": ((rebuild and auto) or refine or reconstruct, "--alpha auto, --refine or --reconstruct"),
-        "rounds": (rebuild or refine or reconstruct, "a rebuild, --refine or --reconstruct"),
-    }
-    return {option: needs for option, (looked_at, needs) in looks.items() if not looked_at}
-
-
-@dataclass(frozen=True)
-class PruneConfig:
-    """Prune a Hugging Face checkpoint and rebuild its mask (LLM-Barber, arXiv 2408.10631)."""
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions(OptionGroup):
+    """The checkpoint to prune."""
 
     ckpt: str
-    """Checkpoint to prune: a folder (safetensors, PyTorch .bin or Orbax), a Hub id, or a .gguf file."""
+    """Checkpoint: a folder (safetensors, PyTorch .bin or Orbax), a Hub id, or a .gguf file."""
+
+    def settle(self) -> None:
+        if not self.ckpt:
+            # As a path it would mean the current folder.
+            raise BarberError("--ckpt is empty; name what to read")
+
+
+# A dataclass has the fields of its last base first.
+@dataclass(frozen=True, kw_only=True)
+class InputOptions(CalibrationOptions, CheckpointOptions):
+    """What is read."""
+
+    def settle(self) -> None:
+        CheckpointOptions.settle(self)
+        CalibrationOptions.settle(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsityOptions(AllocationOptions, PatternOptions):
+    """How much is pruned, and where."""
+
+    def settle(self) -> None:
+        PatternOptions.settle(self)
+        AllocationOptions.settle(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeyondOptions(SharedOptions, ReconstructOptions, RefineOptions):
+    """Stages that the paper does not have: better masks, trained weights."""
+
+    def settle(self) -> None:
+        for group in (RefineOptions, ReconstructOptions, SharedOptions):
+            group.settle(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileOptions(OptionGroup):
+    """What is written."""
+
     out: Path
-    """Folder to write: the pruned checkpoint, masks.safetensors and run.json."""
+    """Folder to write: checkpoint, masks.safetensors, run.json, report.html, README.md."""
     format: Format = "hf"
-    """What the pruned checkpoint is written as: hf (safetensors), orbax (Flax parameter tree and masks), or both."""
-    method: Method | None = None
-    """Criterion that gives the starting mask. Default wanda, unless --masks or --sparse-ckpt gives it."""
-    masks: Path | None = None
-    """Start from this mask file (masks.safetensors) instead of a criterion."""
-    sparse_ckpt: str | None = None
-    """Start from the zeros and the weights of this pruned checkpoint of the same model instead of a criterion. With
-    --masks too, from its weights and those masks: a weight that is zero by chance then counts as kept."""
-    sparsity: float | None = None
-    """Fraction of weights to prune, in [0, 1). Default 0.5, or what an N:M pattern means."""
-    pattern: str | None = None
-    """'unstructured', or N:M to keep N of every M consecutive inputs, such as 2:4. Default: that of --masks, else
-    unstructured."""
-    allocate: Allocation = "uniform"
-    """How sparsity is spread over blocks: uniform, or owl = less where the dense model has more outliers, about
-    --sparsity +- --owl-lambda. Costs one forward of the dense model."""
-    owl_lambda: float | None = None
-    """How far from --sparsity a block's may lie, about, with --allocate owl. Default 0.08."""
-    owl_m: float | None = None
-    """How many times the mean of its block a weight's score must be to count as an outlier, with --allocate owl.
-    Default 5."""
-    rebuild: bool = True
-    """Rebuild the starting mask; without it the starting mask is the result."""
-    granularity: Granularity | None = None
-    """Group in which weights compete during the rebuild. Default as published: wanda (and given masks) output1,
-    magnitude block, sparsegpt layer."""
-    alpha: float | Literal["auto"] | None = None
-    """Fraction of the mask outliers to swap, in [0, 1], or 'auto': for each sub-block what lowers its loss on samples
-    held apart most (pays from poor masks such as magnitude's, not from wanda's). Default as published: wanda (and given
-    masks) 0.01, magnitude and sparsegpt 0.1."""
-    metric: Metric = "wd"
-    """Rebuild score: wd = |weight| x gradient (the paper's), w = |weight|, d = gradient."""
-    retain_reconstruction: bool = False
-    """Keep the starting weights that sparsegpt (or --sparse-ckpt) updated through the rebuild, instead of going back to
-    the dense ones."""
-    token_weighting: TokenWeighting = "none"
-    """How tokens count in the reconstruction loss: none = alike (the paper's), norm = divided by what the next norm
-    divides the token by, so that a few tokens with massive activations do not rule it."""
-    refine: int = 0
-    """At most so many swaps in every output by their exact gain in layer-wise error, after the rebuild; 0 = none."""
-    reconstruct: int = 0
-    """Train the weights that survive in each sub-block for so many steps to give --target; 0 = none."""
-    target: Target = "dense"
-    """What --alpha auto, --refine and --reconstruct choose by, train towards and report losses of: dense = the
-    residual stream of the dense model, same = the dense sub-block's output on the pruned model's inputs."""
-    reconstruct_rate: float = 0.01
-    """Learning rate of reconstruction, as a fraction of the root mean square of each matrix's surviving weights."""
-    reconstruct_batch: int = 1
-    """Samples in a step of reconstruction."""
-    reconstruct_scope: Trained = "weights"
-    """What reconstruction trains: weights = the surviving weights, all = the sub-block's biases and norms too."""
-    rounds: int = 1
-    """How often rebuild, refinement and reconstruction of a sub-block alternate."""
-    calibration: str = "c4"
-    """c4, wikitext2, ptb, a .txt/.jsonl/.parquet/.arrow file, a saved dataset folder, or .npy token ids."""
-    text_field: str = "text"
-    """Column that holds the text, for calibration and evaluation files with columns."""
-    samples: int = 128
-    """Calibration samples."""
-    length: int = 2048
-    """Tokens in each calibration sample."""
-    seed: int = 0
-    """Seed of the calibration sampling."""
-    batch: int | None = None
-    """Calibration samples in a micro-batch: sets peak memory, changes no mask but by rounding. Default: 8; on CPU as
-    many as make about 1024 tokens, which stay in its caches."""
-    compute_dtype: ComputeDtype = "float32"
-    """Dtype of activations and matrix products; statistics are float32 whatever it is."""
-    mesh: str | None = None
-    """Devices: data=N,model=M spreads samples over N and linears over M (N x M devices). Default: one device; with
-    many processes all devices as data."""
-    offload_activations: bool = False
-    """Keep the activations of all samples in host memory; a micro-batch at a time is on the device."""
-    compilation_cache: str | None = None
-    """Folder that keeps compiled programs for later runs, or 'off'. Default: JAX_COMPILATION_CACHE_DIR, else
-    barber_jax in the user's cache folder."""
-    coordinator: str | None = None
-    """host:port of process 0, where several processes compute together and no cluster tells JAX of them."""
-    processes: int | None = None
-    """How many processes there are (with --coordinator)."""
-    process: int | None = None
-    """Which one this is, from 0 (with --coordinator)."""
-    overwrite: bool = False
-    """Replace --out, or an unfinished run for it, if it exists."""
-    resume: bool = False
-    """Go on with the unfinished run for this --out."""
+    """hf = safetensors, orbax = Flax parameter tree and masks, or both."""
     save_start: bool = False
-    """Also write start_masks.safetensors, the masks before the rebuild; a study compares swaps by it."""
-    eval_text: Path | None = None
-    """After pruning, measure the result's perplexity on this text file (into run.json)."""
-    eval_dataset: Literal["wikitext2", "ptb", "c4"] | None = None
-    """After pruning, measure the result's perplexity on this dataset (into run.json)."""
-    eval_windows: int | None = None
-    """How many windows of --length tokens to evaluate. Default: all."""
+    """Also write start_masks.safetensors, the masks before any stage; a study compares swaps by it."""
+    overwrite: bool = False
+    """Replace --out, or an unfinished run for it."""
+    resume: bool = False
+    """Continue the unfinished run for this --out."""
     verbose: Annotated[bool, tyro.conf.arg(aliases=["-v"])] = False
-    """More detail: a line for every sub-block."""
+    """A line for every sub-block."""
 
-    def __post_init__(self):
-        for option in ("ckpt", "calibration"):
-            if not getattr(self, option):
-                # As a path it would mean the current folder.
-                raise BarberError(f"--{option} is empty; name what to read")
+
+@dataclass(frozen=True, kw_only=True, init=False)
+class PruneConfig(
+    PresetOptions,
+    InputOptions,
+    SparsityOptions,
+    StartOptions,
+    RebuildOptions,
+    BeyondOptions,
+    DeviceOptions,
+    EvaluationOptions,
+    FileOptions,
+):
+    """Prune a Hugging Face checkpoint and rebuild its mask (LLM-Barber, arXiv 2408.10631).
+
+    Args:
+        options: by name, as on the command line with `_` for `-`. What is left out has the preset's default.
+
+    Raises:
+        BarberError: an option is missing, unknown, or has a value that cannot be used.
+    """
+
+    GROUPS: ClassVar[Mapping[str, type[OptionGroup]]] = {
+        "preset": PresetOptions,
+        "input": InputOptions,
+        "pattern": SparsityOptions,
+        "start": StartOptions,
+        "rebuild": RebuildOptions,
+        "beyond_the_paper": BeyondOptions,
+        "devices": DeviceOptions,
+        "evaluation": EvaluationOptions,
+        "files": FileOptions,
+    }
+    """Heading of `--help` -> its options."""
+
+    def __init__(self, **options: Any):
+        fields = dataclasses.fields(self)
+        known = {field.name for field in fields}
+        for name in options:
+            if name not in known:
+                raise BarberError(f"{flag(name)} is not an option of {type(self).__name__}")
+        preset = options.get("preset", "paper")
+        if preset not in PRESETS:
+            raise BarberError(f"--preset {preset} is unknown; known are {', '.join(PRESETS)}")
+        options = {**PRESETS[preset], **options}
+        for field in fields:
+            value = options.get(field.name, field.default)
+            if value is dataclasses.MISSING:
+                raise BarberError(f"missing {flag(field.name)}")
+            self._set(field.name, value)
+        self.settle()
+
+    @classmethod
+    def parse(cls, program: str, arguments: list[str] | None = None) -> "PruneConfig":
+        """From the command line (None: sys.argv) of `python -m program`.
+
+        Raises:
+            BarberError: an option is missing, unknown, or has a value that cannot be used.
+            SystemExit: after --help.
+        """
+        arguments = sys.argv[1:] if arguments is None else arguments
+        # The preset decides the defaults that everything else is parsed, and shown by --help, with.
+        return cls(**parse_groups(cls, cls.GROUPS, program, arguments, PRESETS.get(_preset(arguments), {})))
+
+    def settle(self) -> None:
+        """Settle every group, then what depends on several of them."""
+        for group in self.GROUPS.values():
+            group.settle(self)
         self._settle_start()
-        granularity, alpha = PUBLISHED[self.method or "wanda"]
-        if self.granularity is None:
-            # N:M keeps its groups inside an output, so another published default does not apply there.
-            object.__setattr__(self, "granularity", "output1" if self.sparsity_pattern.structured else granularity)
-        if self.alpha is None:
-            object.__setattr__(self, "alpha", alpha)
-        if self.alpha != "auto" and not 0 <= self.alpha <= 1:
-            raise BarberError(f"--alpha {self.alpha:g} is outside [0, 1]")
-        if self.rebuild and self.sparsity_pattern.structured and self.granularity != "output1":
-            raise BarberError(
-                f"--granularity {self.granularity}: N:M patterns are rebuilt within an output; use output1"
-            )
-        self._settle_allocation()
-        parse_mesh(self.mesh)
-        self._check_processes()
-        for option in ("samples", "length", "batch", "eval_windows", "reconstruct_batch", "rounds"):
-            self._require_least(option, 1)
-        for option in ("refine", "reconstruct", "seed"):
-            self._require_least(option, 0)
-        for option in ("refine", "reconstruct", "reconstruct_batch", "rounds"):
-            if getattr(self, option) > MOST:
-                raise BarberError(f"--{option.replace('_', '-')} {getattr(self, option)} is above {MOST}")
-        self._refuse_idle()
-        if not 0 < self.reconstruct_rate <= 1:
-            raise BarberError(f"--reconstruct-rate {self.reconstruct_rate:g} is outside (0, 1]")
-        if self.chooses and self.samples < 2:
-            raise BarberError(
-                "--samples 1: --alpha auto, --refine and --reconstruct hold samples apart; use at least 2"
-            )
-        if self.length < 2:
-            raise BarberError("--length 1 leaves no next token; use at least 2")
-        if self.eval_text and self.eval_dataset:
-            raise BarberError("--eval-text and --eval-dataset: give one of them")
-        if self.eval_windows is not None and not (self.eval_text or self.eval_dataset):
-            raise BarberError("--eval-windows needs --eval-text or --eval-dataset")
-
-    def _refuse_idle(self) -> None:
-        idle = idle_options(self.rebuild, self.alpha == "auto", bool(self.refine), bool(self.reconstruct))
-        for option, needs in idle.items():
-            value = getattr(self, option)
-            # A fixed alpha is there even where none was asked for: the published one.
-            asks = value == "auto" if option == "alpha" else value != type(self).__dataclass_fields__[option].default
-            if asks:
-                raise BarberError(f"--{option.replace('_', '-')} {value} needs {needs}")
-
-    def _require_least(self, option: str, least: int) -> None:
-        value = getattr(self, option)
-        if value is not None and value < least:
-            raise BarberError(f"--{option.replace('_', '-')} {value} must be at least {least}")
+        self._settle_rebuild()
+        if self.allocate == "owl":
+            self._check_owl()
+        self._refuse_unused()
+        if self.validates and self.samples < 2:
+            raise BarberError("--samples 1: --alpha auto, --refine and --reconstruct hold samples out; use at least 2")
 
     def _settle_start(self) -> None:
-        """Either --method (wanda unless said) gives the starting mask, or --masks, or --sparse-ckpt."""
-        given = [name for name, value in (("--masks", self.masks), ("--sparse-ckpt", self.sparse_ckpt)) if value]
-        if given and self.method:
-            raise BarberError(f"--method {self.method} and {given[0]} both give the starting mask; choose one")
-        if given and self.sparsity is not None:
-            raise BarberError(f"--sparsity {self.sparsity:g} conflicts with {given[0]}, which fixes the sparsity")
-        if not given and self.method is None:
-            object.__setattr__(self, "method", "wanda")
+        given = "--masks" if self.masks else "--sparse-ckpt"
+        if self.method is None and self.sparsity is not None:
+            raise BarberError(f"--sparsity {self.sparsity:g} conflicts with {given}, which fixes the sparsity")
         if self.retain_reconstruction and not (self.method == "sparsegpt" or self.sparse_ckpt):
             raise BarberError("--retain-reconstruction needs updated weights: --method sparsegpt or --sparse-ckpt")
 
-    def _settle_allocation(self) -> None:
-        """The two options of OWL are there where OWL is, and only there."""
-        options = {"owl_lambda": OWL_LAMBDA, "owl_m": OWL_M}
-        if self.allocate == "uniform":
-            for option in options:
-                if getattr(self, option) is not None:
-                    flag = f"--{option.replace('_', '-')}"
-                    raise BarberError(f"{flag} {getattr(self, option):g} needs --allocate owl")
-            return
+    def _settle_rebuild(self) -> None:
+        """Granularity and alpha follow the criterion, as published; given masks have wanda's."""
+        published = CRITERIA[self.method or "wanda"]
+        structured = self.sparsity_pattern.structured
+        if self.granularity is None:
+            # N:M groups lie within an output, so another published default does not apply there.
+            self._set("granularity", "output1" if structured else published.granularity)
+        if self.alpha is None:
+            self._set("alpha", published.alpha)
+        if self.rebuild and structured and self.granularity != "output1":
+            raise BarberError(
+                f"--granularity {self.granularity}: N:M patterns are rebuilt within an output; use output1"
+            )
+
+    def _check_owl(self) -> None:
         if self.method is None:
             given = "--masks" if self.masks else "--sparse-ckpt"
             raise BarberError(f"--allocate owl conflicts with {given}, which fixes every block's sparsity")
         if self.sparsity_pattern.structured:
             pattern = self.sparsity_pattern
             raise BarberError(f"--allocate owl conflicts with --pattern {pattern}, which fixes every block's sparsity")
-        for option, value in options.items():
-            if getattr(self, option) is None:
-                object.__setattr__(self, option, value)
-        if not 0 < self.owl_lambda <= 0.5:  # NaN fails this too
-            raise BarberError(f"--owl-lambda {self.owl_lambda:g} is outside (0, 0.5]")
-        if not 0 < self.owl_m < math.inf:
-            raise BarberError(f"--owl-m {self.owl_m:g} must be a finite number above 0")
 
-    def _check_processes(self) -> None:
-        by_hand = (self.coordinator, self.processes, self.process)
-        if all(option is None for option in by_hand):
-            return
-        if None in by_hand:
-            raise BarberError("--coordinator, --processes and --process: give all three of them")
-        if not re.fullmatch(r"\S+:[0-9]{1,5}", self.coordinator):
-            raise BarberError(f"--coordinator {self.coordinator!r} is not host:port")
-        if not 0 <= self.process < self.processes:
-            raise BarberError(f"--process {self.process} is not one of the {self.processes} --processes, from 0 on")
+    def _refuse_unused(self) -> None:
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for option, needs in unused_options(self).items():
+            value = getattr(self, option)
+            # A fixed alpha is there even where none was asked for: the published one.
+            asked = value == "auto" if option == "alpha" else value != defaults[option]
+            if asked:
+                raise BarberError(f"{flag(option)} {value} needs {needs}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every option by name, with the pattern and the sparsity that they give together."""
+        pattern = self.sparsity_pattern
+        return {**dataclasses.asdict(self), "pattern": str(pattern), "sparsity": pattern.sparsity}
+
+    def command_line(self) -> list[str]:
+        """The command-line options that give this configuration again, without those of a single machine or run."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)} | PRESETS[self.preset]
+        line = []
+        for option, value in dataclasses.asdict(self).items():
+            if option in NOT_REPEATED or value == defaults[option]:
+                continue
+            if isinstance(value, bool):
+                line.append(flag(option) if value else flag(f"no_{option}"))
+            else:
+                line += [flag(option), str(value)]
+        return line
 
     @property
-    def changes(self) -> bool:
+    def runs_stages(self) -> bool:
         """Whether anything is done after the starting masks."""
-        return bool(self.rebuild or self.refine or self.reconstruct)
+        return bool(enabled_stages(self))
 
     @property
-    def chooses(self) -> bool:
-        """Whether something is chosen by its loss on samples held apart."""
-        return bool(self.refine or self.reconstruct or (self.rebuild and self.alpha == "auto"))
+    def validates(self) -> bool:
+        """Whether something is chosen by its loss on held-out samples."""
+        return validates(self)
 
     @property
-    def follows_dense(self) -> bool:
-        """Whether the dense model's activations are needed."""
-        return self.chooses and self.target == "dense"
+    def needs_dense_stream(self) -> bool:
+        """Whether the dense model's activations are needed beside the pruned model's."""
+        return needs_dense_stream(self)
 
-    @property
-    def sparsity_pattern(self) -> SparsityPattern:
-        """The pattern that --pattern and --sparsity mean together."""
-        return SparsityPattern.parse("unstructured" if self.pattern is None else self.pattern, self.sparsity)
+
+def _preset(arguments: list[str]) -> str | None:
+    """The value of the last --preset."""
+    found = None
+    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
+        if word == "--preset":
+            found = following
+        elif word.startswith("--preset="):
+            found = word.partition("=")[2]
+    return found

@@ -5,12 +5,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from barber_jax.console.errors import BarberError
+from barber_jax.console.files import writing
 from barber_jax.convert.checkpoint import Checkpoint
 from barber_jax.convert.hf_folder import INDEX, WEIGHTS
 from barber_jax.convert.safetensors_writer import SafetensorsWriter
@@ -192,15 +193,3 @@ class FolderWriter:
         with contextlib.suppress(ValueError, BarberError):
             self._open.close()
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn an operating-system error into one that names the file: `path`, or the copy in it that failed."""
-    try:
-        yield
-    except OSError as error:
-        cause = error.strerror or error
-        raise BarberError(
-            f"cannot write {error.filename2 or path}: {cause}; make room there or write to another place"
-        ) from error

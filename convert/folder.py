@@ -23,6 +23,7 @@ COMPANIONS = (
     "merges.txt",
     "chat_template.*",
     "LICENSE*",
+    "README.md",
 )
 """Small files that travel with a model, as glob patterns."""
 

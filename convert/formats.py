@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
-from barber_jax.convert.export import MASKS, writing
+from barber_jax.console.files import writing
+from barber_jax.convert.export import MASKS
 from barber_jax.convert.hf_folder import INDEX, HFFolder
 from barber_jax.masks.mask_file import read_masks
 

@@ -14,12 +14,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from barber_jax.console.command import parse, set_compilation_cache, set_precision
+from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.extras import needs
 from barber_jax.convert.checkpoint import open_checkpoint
 from barber_jax.data.calibration import load_ids
-from barber_jax.eval.perplexity import cut_windows, perplexity
+from barber_jax.data.windows import cut_windows
+from barber_jax.devices.settings import set_compilation_cache, set_precision
+from barber_jax.forward.perplexity import perplexity
 from barber_jax.models import build_model
 
 

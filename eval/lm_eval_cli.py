@@ -5,9 +5,9 @@ lm-eval finds models in its own registry and has no plug-ins, so ours is registe
 
 import sys
 
-from barber_jax.console.command import set_compilation_cache
 from barber_jax.console.errors import exit_with_one_line
 from barber_jax.console.extras import needs
+from barber_jax.devices.settings import set_compilation_cache
 
 
 def run(arguments: list[str] | None = None) -> None:

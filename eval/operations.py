@@ -9,8 +9,11 @@ from collections.abc import Iterator
 from barber_jax.config import PruneConfig
 from barber_jax.models.decoder import SubBlock
 from barber_jax.models.family import Model
-from barber_jax.stages.layerwise import SHRINKAGES, inputs
-from barber_jax.stages.sub_block import ALPHAS, CHECKS, samples_apart
+from barber_jax.stages import held_out_samples
+from barber_jax.stages.layerwise import inputs
+from barber_jax.stages.rebuild import ALPHAS
+from barber_jax.stages.reconstruct import VALIDATIONS
+from barber_jax.stages.refine import SHRINKAGES
 
 
 def attention_products(model: Model, samples: int, length: int) -> int:
@@ -64,7 +67,7 @@ def of_block(model: Model, config: PruneConfig, last: bool) -> dict[str, int]:
     stages = {"start": of_start(model, config.method or "magnitude", samples, length)}
     if stages["start"] and not last:
         stages["propagate"] = sum(forward(model, sub, samples, length) for sub in model.sub_blocks)
-    if config.changes:
+    if config.runs_stages:
         for sub in model.sub_blocks:
             stages |= of_stages(model, sub, config)
     return stages
@@ -72,22 +75,22 @@ def of_block(model: Model, config: PruneConfig, last: bool) -> dict[str, int]:
 
 def of_stages(model: Model, sub: SubBlock, config: PruneConfig) -> dict[str, int]:
     """What follows the starting masks of a sub-block, all rounds together."""
-    apart = samples_apart(config, 1)
-    learned, judging = config.samples - apart, forward(model, sub, apart, config.length)
+    held_out = held_out_samples(config, config.samples, 1)
+    training, validation = config.samples - held_out, forward(model, sub, held_out, config.length)
     counts = {"propagate": forward(model, sub, config.samples, config.length)}
-    if apart or not config.rebuild:
+    if held_out or not config.rebuild:
         counts["target"] = counts["loss"] = counts["propagate"]
     if config.rebuild:
-        counts["gradient"] = config.rounds * gradient(model, sub, learned, config.length)
+        counts["gradient"] = config.rounds * gradient(model, sub, training, config.length)
     if config.rebuild and config.alpha == "auto":
-        counts["swap"] = config.rounds * len(ALPHAS) * judging
+        counts["swap"] = config.rounds * len(ALPHAS) * validation
     if config.refine:
-        counts["refine"] = config.rounds * (refine(model, sub, config) + 2 * judging)
+        counts["refine"] = config.rounds * (refine(model, sub, config) + 2 * validation)
     if config.reconstruct:
         seen = config.reconstruct * config.reconstruct_batch
         # As for the rebuild, less its sparse forward.
         steps = gradient(model, sub, seen, config.length) - forward(model, sub, seen, config.length)
-        counts["reconstruct"] = config.rounds * (steps + (min(CHECKS, config.reconstruct) + 1) * judging)
+        counts["reconstruct"] = config.rounds * (steps + (min(VALIDATIONS, config.reconstruct) + 1) * validation)
     return {f"{sub.name} {stage}": count for stage, count in counts.items()}
 
 

@@ -1,44 +1,29 @@
-"""Perplexity by the convention of the pruning literature (GPTQ, SparseGPT, Wanda).
+"""python -m barber_jax.eval.perplexity: perplexity of a checkpoint, by the convention of the pruning literature.
 
-The text is tokenized whole and cut into consecutive windows of L tokens from its start; a last incomplete window is
-dropped. Each window is scored by itself: the mean cross-entropy of its L-1 next-token predictions. Perplexity is
-exp(mean over windows). Texts: wikitext2 is the raw test split joined by blank lines; ptb the test sentences joined by a
-space; c4 the first 1100 documents of the first validation shard joined by a space, of which 256 windows are used. A
-local file's documents are joined by blank lines.
+data/windows.py says how a text is cut into windows, forward/perplexity.py how they are scored.
 """
 
 import json
-import math
 import os
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
-from jax import lax
 
-from barber_jax.config import ComputeDtype, parse_mesh
-from barber_jax.console.command import parse, set_compilation_cache, set_precision
+from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
-from barber_jax.convert.checkpoint import Checkpoint, open_checkpoint
-from barber_jax.convert.export import writing
+from barber_jax.console.files import writing
+from barber_jax.console.progress import Progress
+from barber_jax.convert.checkpoint import open_checkpoint
 from barber_jax.convert.parameters import check_tensors
-from barber_jax.data import text
-from barber_jax.data.calibration import check_ids, load_ids
-from barber_jax.devices.mesh import DATA, Devices, constrain
-from barber_jax.forward.dense import final_hidden, on_devices
-from barber_jax.forward.passes import Parameters, default_batch
+from barber_jax.data.calibration import load_ids
+from barber_jax.data.windows import C4_WINDOWS, cut_windows, evaluation_ids
+from barber_jax.devices.mesh import Devices, is_primary
+from barber_jax.devices.options import ComputeDtype, parse_mesh
+from barber_jax.devices.settings import set_compilation_cache, set_precision
+from barber_jax.forward.perplexity import perplexity
 from barber_jax.models import build_model
-from barber_jax.models.decoder import Definition
-from barber_jax.models.family import Model
-
-# The loss of this many tokens is taken at a time, so that logits over a large vocabulary stay small.
-HEAD_TOKENS = 256
-C4_DOCUMENTS, C4_WINDOWS = 1100, 256
 
 
 @dataclass(frozen=True)
@@ -82,126 +67,6 @@ class PerplexityConfig:
                 raise BarberError(f"--{option} {value} must be at least 1")
 
 
-def evaluation_ids(
-    checkpoint: Checkpoint, *, path: Path | None, dataset: str | None, text_field: str = "text"
-) -> np.ndarray:
-    """All token ids of an evaluation text, int32 [tokens], by the conventions above. Give `path` or `dataset`.
-
-    Raises:
-        BarberError: the text cannot be read, or there is no tokenizer.
-    """
-    if path is not None:
-        whole = "\n\n".join(text.read_documents(path, text_field))
-    elif dataset == "c4":
-        documents = text.hub_documents("c4", "validation")
-        whole = " ".join(documents[i] for i in range(min(C4_DOCUMENTS, len(documents))))
-    else:
-        whole = {"wikitext2": "\n\n", "ptb": " "}[dataset].join(text.hub_documents(dataset, "test"))
-    return text.tokenize(checkpoint.tokenizer(), whole)
-
-
-def cut_windows(ids: np.ndarray, length: int, windows: int | None, source: str, vocabulary: int) -> np.ndarray:
-    """Consecutive windows from the start: [tokens] -> int32 [windows, length].
-
-    Raises:
-        BarberError: the text is too short for that many, or for one; an id outside [0, vocabulary).
-    """
-    whole = ids.size // length
-    wanted = whole if windows is None else windows
-    if wanted < 1 or wanted > whole:
-        raise BarberError(
-            f"{source}: {ids.size} tokens give {whole} windows of --length {length}, not {max(wanted, 1)}; "
-            "ask for fewer windows, lower --length or give more text"
-        )
-    cut = np.asarray(ids).reshape(-1)[: wanted * length].reshape(wanted, length)
-    # In the ids' own dtype: an id too large for int32 would come round to a small one.
-    check_ids(source, cut, vocabulary)
-    return cut.astype(np.int32)
-
-
-@partial(jax.jit, static_argnames="definition")
-def window_losses(definition: Definition, parameters: Parameters, hidden: jax.Array, ids: jax.Array) -> jax.Array:
-    """Mean next-token cross-entropy of each window, in nats.
-
-    Args:
-        definition, parameters: the head.
-        hidden: [M, B, L, D] final hidden states. ids: int32 [M, B, L].
-
-    Returns:
-        float32 [M * B].
-    """
-    head = definition.bind(parameters)
-    batch, length = ids.shape[1:]
-    step = max(1, min(HEAD_TOKENS // batch, length))
-    padding = -length % step
-    # Position t predicts token t + 1; the last position, and what pads it to whole steps, predicts nothing.
-    targets = jnp.pad(ids[:, :, 1:], ((0, 0), (0, 0), (0, 1 + padding)))
-    weight = jnp.arange(length + padding) < length - 1
-
-    def part(piece: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        """Summed losses [B] of a step's tokens [B, step]."""
-        states, wanted, counts = piece
-        scores = head(constrain(states, DATA)).astype(jnp.float32)
-        loss = optax.softmax_cross_entropy_with_integer_labels(scores, wanted)
-        return jnp.sum(jnp.where(counts, loss, 0.0), axis=1)
-
-    def micro_batch(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
-        states = jnp.pad(pair[0], ((0, 0), (0, padding), (0, 0))).reshape(batch, -1, step, pair[0].shape[-1])
-        wanted = pair[1].reshape(batch, -1, step)
-        pieces = (jnp.moveaxis(states, 1, 0), jnp.moveaxis(wanted, 1, 0), weight.reshape(-1, step))
-        return jnp.sum(lax.map(part, pieces), axis=0) / (length - 1)
-
-    return constrain(lax.map(micro_batch, (hidden, targets)).reshape(-1))
-
-
-def perplexity(
-    checkpoint: Checkpoint,
-    model: Model,
-    windows: np.ndarray,
-    batch: int | None = None,
-    devices: Devices | None = None,
-    offload: bool = False,
-) -> dict:
-    """Perplexity of a checkpoint on windows of token ids.
-
-    Args:
-        windows: int32 [N, L].
-        batch: windows in a micro-batch; None: `default_batch`.
-        devices: what to compute on; None: the default device.
-        offload: keep activations in host memory, but for a micro-batch.
-
-    Returns:
-        `perplexity`, `nll` (mean over windows, nats), `windows`, `length`, and `tokens` (predicted ones).
-
-    Raises:
-        BarberError: windows longer than the model's positions, or a damaged tensor.
-    """
-    count, length = windows.shape
-    if length > model.positions:
-        raise BarberError(f"--length {length} is more than the model's {model.positions} positions")
-    devices = devices or Devices()
-    data = devices.shape[0]
-    # Whole micro-batches, which every device has its part of; what fills up the last is not counted.
-    size = -(-min(batch or default_batch(length), count) // data) * data
-    ids = np.resize(windows, (-(-count // size) * size, length)).reshape(-1, size, length)
-    with devices.context():
-        hidden = final_hidden(checkpoint, model, ids, devices, offload)
-        parameters, head = on_devices(checkpoint, model.names.head, devices), model.head()
-        losses, done = [], 0
-        for chunk in hidden.take():
-            own = devices.put(ids[done : done + len(chunk)], None, DATA)
-            losses.append(np.asarray(window_losses(head, parameters, chunk, own), np.float64))
-            done += len(chunk)
-    nll = float(np.mean(np.concatenate(losses)[:count]))
-    return {
-        "perplexity": math.exp(nll) if nll < 700 else math.inf,
-        "nll": nll,
-        "windows": count,
-        "length": length,
-        "tokens": count * (length - 1),
-    }
-
-
 def evaluate(config: PerplexityConfig) -> list[dict]:
     """Measure what the options ask for, a result for each text. Raises BarberError for the user's mistakes."""
     checkpoint = open_checkpoint(config.ckpt)
@@ -212,21 +77,21 @@ def evaluate(config: PerplexityConfig) -> list[dict]:
     devices.check(model.block(), devices.shape[0])
     sources = [(str(path), load_ids(Path(os.path.expanduser(path)))) for path in config.tokens]
     for path in config.text:
-        sources.append((str(path), evaluation_ids(checkpoint, path=path, dataset=None, text_field=config.text_field)))
+        sources.append((str(path), evaluation_ids(checkpoint.tokenizer, path=path, text_field=config.text_field)))
     for name in config.dataset:
-        sources.append((name, evaluation_ids(checkpoint, path=None, dataset=name)))
+        sources.append((name, evaluation_ids(checkpoint.tokenizer, dataset=name)))
     cut = []
     for source, ids in sources:
         limit = C4_WINDOWS if config.windows is None and source == "c4" else config.windows
         cut.append((source, cut_windows(ids, config.length, limit, source, model.vocabulary)))
-    return [
-        {
-            "ckpt": config.ckpt,
-            "source": source,
-            **perplexity(checkpoint, model, windows, config.batch, devices, config.offload_activations),
-        }
-        for source, windows in cut
-    ]
+    results = []
+    with Progress(silent=not is_primary()) as progress:
+        for source, windows in cut:
+            with progress.phase(f"perplexity on {Path(source).name}", model.layers, announce=True) as phase:
+                offload = config.offload_activations
+                measured = perplexity(checkpoint, model, windows, config.batch, devices, offload, phase)
+            results.append({"ckpt": config.ckpt, "source": source, **measured})
+    return results
 
 
 def run(arguments: list[str] | None = None) -> None:

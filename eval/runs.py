@@ -7,7 +7,7 @@ from pathlib import Path
 from barber_jax.console.errors import BarberError
 from barber_jax.convert.export import MASKS, RUN, START_MASKS
 from barber_jax.eval.perplexity import read_results
-from barber_jax.reports.run_record import ALLOTMENT, load_record
+from barber_jax.reports.run_record import ALLOCATION, load_record
 
 PERPLEXITY, ZERO_SHOT = "perplexity.json", "zero_shot.json"
 """Beside run.json: what eval.perplexity and eval.zero_shot wrote with --json."""
@@ -65,7 +65,7 @@ class Run:
         skipped += ("eval_dataset", "eval_windows", "save_start", "coordinator", "processes", "process", "format")
         kept = {key: value for key, value in options.items() if key not in skipped}
         if start:
-            kept |= {name: start[name] for name in ("method", *ALLOTMENT) if name in start}
+            kept |= {name: start[name] for name in ("method", *ALLOCATION) if name in start}
         # What sparsegpt's starting mask has is a hair more than what was asked for.
         kept["sparsity"] = round(kept["sparsity"], 4)
         if not options["rebuild"]:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
-from barber_jax.convert.export import writing
+from barber_jax.console.files import writing
 from barber_jax.eval.agreement import agreement, refusal
 from barber_jax.eval.grid import read_grid, run_grid
 from barber_jax.eval.runs import Run, load_runs

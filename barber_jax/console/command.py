@@ -1,16 +1,11 @@
-"""What every command line shares: options from a dataclass, errors on one line, exact float32 products.
-
-JAX is imported where it is set up: apply_masks does without.
-"""
+"""Command-line parsing: options from a dataclass, a mistake as one line."""
 
 import contextlib
-import hashlib
+import dataclasses
 import io
-import os
-import platform
 import re
-from pathlib import Path
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import tyro
 
@@ -30,11 +25,43 @@ def parse(options: type[Options], program: str, arguments: list[str] | None = No
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(options, prog=f"python -m {program}", args=arguments)
+            return tyro.cli(tyro.conf.DisallowNone[options], prog=f"python -m {program}", args=arguments)
     except SystemExit as stop:
         if not stop.code:
             raise
         raise BarberError(f"{_gist(said.getvalue()) or 'bad options'}; see python -m {program} --help") from None
+
+
+def parse_groups(
+    command: type,
+    groups: Mapping[str, type],
+    program: str,
+    arguments: list[str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Options from the command line, in several groups that `--help` shows under headings of their own.
+
+    Args:
+        command: its docstring's first paragraph describes the command.
+        groups: heading -> dataclass of options.
+        program, arguments: as for `parse`.
+        defaults: option -> default, where it is not its group's.
+
+    Returns:
+        option -> value, of all groups.
+
+    Raises:
+        BarberError, SystemExit: as `parse`.
+    """
+    fields = []
+    for heading, group in groups.items():
+        own = {field.name for field in dataclasses.fields(group)} & (defaults or {}).keys()
+        default = group(**{name: defaults[name] for name in own}) if own else dataclasses.MISSING
+        fields.append((heading, group, dataclasses.field(default=default)))
+    whole = dataclasses.make_dataclass(command.__name__, fields, frozen=True, kw_only=True)
+    whole.__doc__ = (command.__doc__ or "").partition("\n\n")[0]
+    parsed = parse(tyro.conf.OmitArgPrefixes[whole], program, arguments)
+    return {name: value for heading in groups for name, value in vars(getattr(parsed, heading)).items()}
 
 
 def _gist(box: str) -> str:
@@ -48,52 +75,3 @@ def _gist(box: str) -> str:
         return "missing " + ", ".join(names.findall(first))
     meant = ", ".join(names.findall(rest)) if rest.startswith("Perhaps you meant") else ""
     return " ".join(first.split()).rstrip(".") + (f" (perhaps you meant {meant})" if meant else "") or title
-
-
-def set_precision() -> None:
-    """Let a float32 product be one: GPUs and TPUs round its inputs to fewer bits by default."""
-    import jax
-
-    jax.config.update("jax_default_matmul_precision", "highest")
-
-
-def set_compilation_cache(place: str | None) -> None:
-    """Keep compiled programs on disk, so that a later run of the same shapes compiles nothing.
-
-    Args:
-        place: a folder, `off`, or None for JAX_COMPILATION_CACHE_DIR or else a folder in the user's cache.
-
-    Raises:
-        BarberError: the folder that was named cannot be written.
-    """
-    import jax
-
-    if place == "off":
-        jax.config.update("jax_enable_compilation_cache", False)
-        return
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    given = place or os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    # JAX does not tell the programs of one CPU from those of another; a home folder may be seen by both.
-    folder = Path(given).expanduser() if given else home / "barber_jax" / "compiled" / _cpu()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        if place:
-            raise BarberError(f"--compilation-cache {place}: cannot be written; name another folder, or 'off'")
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    # Everything, small programs too: a run has few, and uses each of them.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def _cpu() -> str:
-    """A name for this machine's kind of CPU: what programs for it may use."""
-    kind = platform.machine() + platform.processor()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        kind += next(line for line in lines if line.lower().startswith(("flags", "features")))
-    return hashlib.sha256(kind.encode()).hexdigest()[:16]

@@ -1,5 +1,6 @@
-"""The one error a user is meant to see, and how a command line shows it."""
+"""Errors that a user can mend, and how a command line shows them: one line."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -7,11 +8,11 @@ from barber_jax.console import interrupt
 
 
 class BarberError(Exception):
-    """A mistake the user can mend: one line that names the file, option or tensor, and the way out."""
+    """A mistake that the user can mend: one line that names the file, option or tensor, and the way out."""
 
 
 class DamagedInput(BarberError):
-    """What is read must be fetched again, so that an unfinished run cannot go on with it."""
+    """An input is damaged and must be fetched again, so that an unfinished run cannot be resumed with it."""
 
 
 def exit_with_one_line(main: Callable[[], None]) -> None:
@@ -19,6 +20,8 @@ def exit_with_one_line(main: Callable[[], None]) -> None:
 
     So is an `OSError` that names a file.
     """
+    # transformers says on import that models need PyTorch; no command of ours uses its models without asking for torch.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     interrupt.watch()
     try:
         with interrupt.translated():

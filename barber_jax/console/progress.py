@@ -1,4 +1,4 @@
-"""What a person watches during a run: a live line on a terminal, few plain lines elsewhere. Everything on stderr."""
+"""Progress of a command on stderr: a live bar on a terminal, a plain line now and then elsewhere."""
 
 import sys
 import time
@@ -12,89 +12,119 @@ from rich.progress import Progress as Bar
 
 
 class Progress:
-    """Progress of a run over `blocks` blocks; a context manager.
+    """Progress of a command that has one or several phases; a context manager.
 
     Args:
-        blocks: how many there are.
         verbose: a line for every sub-block.
-        plain_every: seconds between lines where the output is not a terminal.
-        silent: say nothing at all: another process does.
+        plain_every: seconds between lines where stderr is not a terminal.
+        silent: print nothing at all, as where another process does.
     """
 
-    def __init__(self, blocks: int, verbose: bool = False, plain_every: float = 60.0, silent: bool = False):
-        self._blocks, self._verbose, self._plain_every = blocks, verbose, plain_every
+    def __init__(self, verbose: bool = False, plain_every: float = 20.0, silent: bool = False):
+        self.verbose, self.plain_every = verbose, plain_every
         # Not a terminal: no wrapping to rich's default of 80 columns, a log line stays one line.
         width = None if sys.stderr.isatty() else 10_000
         self._console = Console(file=sys.stderr, highlight=False, width=width, quiet=silent)
-        self._bar = Bar(
+        self.bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[loss]}"),
+            TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self._console,
             disable=not self._console.is_terminal,
             transient=True,
         )
-        self._task = self._bar.add_task("starting", total=blocks, loss="")
-        self._start = self._spoke = time.monotonic()
+
+    @property
+    def live(self) -> bool:
+        """Whether there is a live bar."""
+        return self._console.is_terminal
 
     def __enter__(self) -> "Progress":
-        self._bar.start()
+        self.bar.start()
         return self
 
     def __exit__(self, *exception) -> None:
-        self._bar.stop()
+        self.bar.stop()
 
     def say(self, line: str) -> None:
-        """Print one line, above the live one if there is one."""
-        self._bar.console.print(line, markup=False, soft_wrap=True)
+        """Print one line, above the live bar if there is one."""
+        self.bar.console.print(line, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def phase(self, name: str, total: int, announce: bool = False) -> Iterator["Phase"]:
+        """A phase of `total` decoder blocks, with a bar of its own; `announce`: one line where there is no bar."""
+        if announce and not self.live:
+            self.say(f"{name} ...")
+        phase = Phase(self, name, total)
+        try:
+            yield phase
+        finally:
+            self.bar.remove_task(phase.task)
+
+
+class Phase:
+    """A phase of a command; see `Progress.phase`."""
+
+    def __init__(self, progress: Progress, name: str, total: int):
+        self._progress, self._name, self._total, self._done = progress, name, total, 0
+        self.task = progress.bar.add_task(name, total=total, note="")
+        self._start = self._spoke = time.monotonic()
 
     def stage(self, block: int, name: str) -> None:
-        """A stage of a block begins."""
-        self._bar.update(self._task, description=f"block {block} {name}")
+        """Show what is being done to a block."""
+        self._progress.bar.update(self.task, description=f"{self._name}: block {block} {name}")
 
-    def done(self, record: dict) -> None:
-        """A block is finished; `record` is its entry in run.json."""
+    def advance(self, note: str = "", detail: str = "") -> None:
+        """A block is done; `note` is shown beside the bar, `detail` in a plain line."""
+        self._done += 1
+        self._progress.bar.update(self.task, advance=1, note=note)
+        now = time.monotonic()
+        if self._progress.live or self._progress.verbose or now - self._spoke <= self._progress.plain_every:
+            return
+        self._spoke = now
+        left = (now - self._start) / self._done * (self._total - self._done)
+        more = f"; {detail}" if detail else ""
+        self._progress.say(f"{self._name}: {self._done} of {self._total} blocks done, about {left:.0f} s left{more}")
+
+    def finished(self, record: dict) -> None:
+        """A block is pruned; `record` is its entry in run.json."""
         lines = [f"block {record['block']} {_summary(sub)}" for sub in record["sub_blocks"]]
-        self._bar.update(self._task, advance=1, loss=_loss(record["sub_blocks"][-1]))
-        if self._verbose:
+        self.advance(_losses(record["sub_blocks"][-1]), lines[-1])
+        if self._progress.verbose:
             for line in lines:
-                self.say(line)
-            self.say(f"block {record['block']} " + ", ".join(f"{k} {v:.2f} s" for k, v in record["seconds"].items()))
-        elif not self._console.is_terminal and time.monotonic() - self._spoke > self._plain_every:
-            self._spoke = time.monotonic()
-            finished = record["block"] + 1
-            left = (self._spoke - self._start) / finished * (self._blocks - finished)
-            self.say(f"{finished} of {self._blocks} blocks done, about {left:.0f} s left; {lines[-1]}")
+                self._progress.say(line)
+            seconds = ", ".join(f"{stage} {spent:.2f} s" for stage, spent in record["seconds"].items())
+            self._progress.say(f"block {record['block']} {seconds}")
 
 
 @dataclass
 class Stopwatch:
     """Seconds spent in each stage of one block."""
 
-    progress: Progress
+    phase: Phase
     block: int
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage; what it computes must be ready when it ends."""
-        self.progress.stage(self.block, name)
+        """Time a stage; its results must be ready, not just dispatched, when it ends."""
+        self.phase.stage(self.block, name)
         start = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def _loss(sub: dict) -> str:
+def _losses(sub: dict) -> str:
     if "loss_before" not in sub:
         return ""
     return f"loss {sub['loss_before']:.4g} -> {sub['loss_after']:.4g}"
 
 
 def _summary(sub: dict) -> str:
-    parts = [f"{sub['name']}: sparsity {sub['sparsity']:.4f}", _loss(sub)]
+    parts = [f"{sub['name']}: sparsity {sub['sparsity']:.4f}", _losses(sub)]
     if "swaps" in sub:
         parts.append(f"{sub['swaps']} swaps")
     return ", ".join(part for part in parts if part)

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from barber_jax.config import SparsityPattern
 from barber_jax.criteria.base import Criterion, Quota, of_the_matrix
-from barber_jax.masks import selection as masks
+from barber_jax.masks import selection
+from barber_jax.masks.pattern import SparsityPattern
 
 
 def start(
@@ -21,8 +21,8 @@ def start(
     """
     score = jnp.abs(kernel.T)
     if pattern.structured:
-        return masks.keep_n_of_m(score, pattern.keep, pattern.of), None
-    return masks.keep_highest(score, quota[0], masks.AXES["layer"]), None
+        return selection.keep_n_of_m(score, pattern.keep, pattern.of), None
+    return selection.keep_highest(score, quota[0], selection.AXES["layer"]), None
 
 
-CRITERION = Criterion(statistic=None, start=start, quota=of_the_matrix)
+CRITERION = Criterion(statistic=None, start=start, quota=of_the_matrix, granularity="block", alpha=0.1)

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.scipy.linalg import solve_triangular
 
-from barber_jax.config import SparsityPattern
 from barber_jax.console.errors import BarberError
 from barber_jax.criteria.base import Criterion, Quota
-from barber_jax.masks import selection as masks
+from barber_jax.masks import selection
+from barber_jax.masks.pattern import SparsityPattern
 
 BLOCK = 128
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)
@@ -164,8 +164,8 @@ def _block(
 def _select(score: jax.Array, pattern: SparsityPattern, count: jax.Array | None) -> jax.Array:
     """Which of the scores [inputs, O] to prune."""
     if pattern.structured:
-        return ~masks.keep_n_of_m(score.T, pattern.keep, pattern.of).T
-    return masks.lowest_through(score, count)
+        return ~selection.keep_n_of_m(score.T, pattern.keep, pattern.of).T
+    return selection.lowest_through(score, count)
 
 
-CRITERION = Criterion(statistic=statistic, start=start, prepare=prepare, quota=quota)
+CRITERION = Criterion(statistic=statistic, start=start, prepare=prepare, quota=quota, granularity="layer", alpha=0.1)

@@ -1,30 +1,54 @@
-"""Where the starting masks come from: a criterion, somebody's mask file, or the zeros of a pruned checkpoint."""
+"""Starting masks of block after block: by a criterion, from a mask file, or from the zeros of a pruned checkpoint."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from barber_jax.config import SparsityPattern
 from barber_jax.console.errors import BarberError
+from barber_jax.console.options import OptionGroup, flag
 from barber_jax.convert.checkpoint import Checkpoint
 from barber_jax.convert.parameters import to_flax
+from barber_jax.criteria import CRITERIA
 from barber_jax.criteria.base import Criterion, Quota
-from barber_jax.devices.mesh import Devices, constrain, kernel_axes
+from barber_jax.devices.mesh import Devices
 from barber_jax.forward import passes
 from barber_jax.forward.passes import Parameters
 from barber_jax.forward.streams import Stream
 from barber_jax.masks.mask_file import Masks
+from barber_jax.masks.pattern import SparsityPattern
 from barber_jax.models.family import Model
+from barber_jax.models.sharding import constrain, kernel_axes
 
 BlockMasks = dict[str, jax.Array]
 
 
+@dataclass(frozen=True, kw_only=True)
+class StartOptions(OptionGroup):
+    """Where the starting masks come from."""
+
+    method: Literal[*CRITERIA] | None = None
+    """Criterion of the starting mask. Default wanda, unless --masks or --sparse-ckpt is given."""
+    masks: Path | None = None
+    """Start from this mask file (masks.safetensors) instead."""
+    sparse_ckpt: str | None = None
+    """Start from the zeros and weights of this pruned copy of the model instead; with --masks, its weights."""
+
+    def settle(self) -> None:
+        given = [flag(name) for name in ("masks", "sparse_ckpt") if getattr(self, name)]
+        if given and self.method:
+            raise BarberError(f"--method {self.method} and {given[0]} both give the starting mask; choose one")
+        if not given and self.method is None:
+            self._set("method", "wanda")
+
+
 class Start(Protocol):
-    """Gives the starting masks of block after block.
+    """Gives the starting masks of one block after another.
 
     Attributes:
         needs_stream: whether it looks at activations under the starting masks (stream A).

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from barber_jax.config import SparsityPattern
 from barber_jax.criteria.base import Criterion, Quota
-from barber_jax.masks import selection as masks
+from barber_jax.masks import selection
+from barber_jax.masks.pattern import SparsityPattern
 
 
 def statistic(x: jax.Array) -> jax.Array:
@@ -37,8 +37,8 @@ def start(
     """
     score = jnp.abs(kernel.T) * jnp.sqrt(squares / samples)
     if pattern.structured:
-        return masks.keep_n_of_m(score, pattern.keep, pattern.of), None
-    return masks.keep_highest(score, quota[0], masks.AXES["output1"]), None
+        return selection.keep_n_of_m(score, pattern.keep, pattern.of), None
+    return selection.keep_highest(score, quota[0], selection.AXES["output1"]), None
 
 
 CRITERION = Criterion(statistic=statistic, start=start)

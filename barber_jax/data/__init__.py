@@ -1,0 +1,19 @@
+"""Data: text from files and from the Hub, as calibration samples and as evaluation windows.
+
+May import: console.
+
+| module | what it holds |
+|---|---|
+| `text` | documents of local files and of Hub datasets, and their token ids |
+| `calibration` | calibration samples |
+| `windows` | evaluation windows |
+| `hub` | whether the Hub can be reached |
+
+JAX is not needed here.
+"""
+
+from barber_jax.data.calibration import load_calibration
+from barber_jax.data.text import read_documents
+from barber_jax.data.windows import cut_windows, evaluation_ids
+
+__all__ = ["cut_windows", "evaluation_ids", "load_calibration", "read_documents"]

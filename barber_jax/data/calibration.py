@@ -3,12 +3,14 @@
 import os
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from barber_jax.console.errors import BarberError
+from barber_jax.console.options import OptionGroup
 from barber_jax.data import text
 
 if TYPE_CHECKING:
@@ -18,6 +20,31 @@ if TYPE_CHECKING:
 _JOINTS = {"wikitext2": "\n\n", "ptb": " "}
 # About one C4 document in forty is longer than 2048 tokens, one in a thousand longer than 8192.
 _MAX_MISSES = 20_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions(OptionGroup):
+    """What the model is calibrated on."""
+
+    calibration: str = "c4"
+    """c4, wikitext2, ptb, a .txt/.jsonl/.parquet/.arrow file, a saved dataset folder, or .npy token ids."""
+    text_field: str = "text"
+    """Column that holds the text, in files with columns."""
+    samples: int = 128
+    """Calibration samples."""
+    length: int = 2048
+    """Tokens in each sample."""
+    seed: int = 0
+    """Seed of the sampling."""
+
+    def settle(self) -> None:
+        if not self.calibration:
+            # As a path it would mean the current folder.
+            raise BarberError("--calibration is empty; name what to read")
+        self._require_least(1, "samples", "length")
+        self._require_least(0, "seed")
+        if self.length < 2:
+            raise BarberError("--length 1 leaves no next token; use at least 2")
 
 
 def load_calibration(

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from barber_jax.devices.mesh import DATA, constrain
 from barber_jax.models.decoder import BlockDefinition, Definition
+from barber_jax.models.sharding import DATA, constrain
 
 Parameters = dict[str, jax.Array]
 
@@ -24,11 +24,11 @@ def default_batch(length: int) -> int:
     return min(8, max(1, 1024 // length)) if jax.default_backend() == "cpu" else 8
 
 
-def micro_batches(ids: np.ndarray, batch: int, multiple: int = 1, apart: int = 0) -> np.ndarray:
+def micro_batches(ids: np.ndarray, batch: int, multiple: int = 1, held_out: int = 0) -> np.ndarray:
     """[S, L] -> [M, B, L] with B the largest divisor of S that is at most `batch` and a multiple of `multiple`, which
-    divides S; the last `apart` samples fill micro-batches of their own."""
+    divides S; the last `held_out` samples fill micro-batches of their own."""
     sizes = range(multiple, max(multiple, min(batch, len(ids))) + 1, multiple)
-    size = max(b for b in sizes if len(ids) % b == 0 and apart % b == 0)
+    size = max(b for b in sizes if len(ids) % b == 0 and held_out % b == 0)
     return ids.reshape(-1, size, ids.shape[1])
 
 

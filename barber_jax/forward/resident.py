@@ -15,10 +15,11 @@ from jax import lax
 
 from barber_jax.convert.checkpoint import Checkpoint
 from barber_jax.convert.parameters import read_parameters
-from barber_jax.devices.mesh import DATA, Devices, constrain, parameter_axes
+from barber_jax.devices.mesh import Devices
 from barber_jax.forward.passes import Parameters
 from barber_jax.models.decoder import BlockDefinition, Definition, Memory
 from barber_jax.models.family import Model
+from barber_jax.models.sharding import DATA, constrain, parameter_axes
 
 # The head looks at this many places at a time, so that logits over a large vocabulary stay small.
 HEAD_PLACES = 256

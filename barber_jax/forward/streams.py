@@ -1,4 +1,4 @@
-"""Streams: the hidden state of every calibration sample, on the device or in host memory."""
+"""Activation streams: the hidden state of every calibration sample, on the device or in host memory."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -7,10 +7,10 @@ import jax
 
 
 class Stream:
-    """Hidden states [M, B, L, D], M micro-batches of B samples, as chunks of micro-batches.
+    """Hidden states [M, B, L, D] of M micro-batches of B samples, in chunks of micro-batches.
 
     On the device one chunk holds all. Offloaded, each micro-batch is a chunk of its own in (pinned) host memory and
-    is on the device only while it is worked on, so that the device needs room for a micro-batch and not for a stream.
+    is on the device only while it is worked on, so that the device needs room for one micro-batch.
 
     Args:
         chunks: arrays on the device, [m, B, L, D] each; taken one at a time.
@@ -43,7 +43,7 @@ class Stream:
 
     @classmethod
     def joined(cls, streams: Iterable["Stream"]) -> "Stream":
-        """The chunks of streams that are kept alike, as one that shares them."""
+        """One stream of the chunks of several, sharing their memory; all must be kept in the same place."""
         streams = list(streams)
         joined = cls((), streams[0].offloaded)
         joined._chunks = [chunk for stream in streams for chunk in stream._chunks]
@@ -59,13 +59,13 @@ class Stream:
         return self._bring(self._chunks[index])
 
     def part(self, chosen: slice) -> "Stream":
-        """Some of the chunks, as a stream that shares them."""
+        """A stream of some of the chunks, sharing their memory."""
         part = Stream((), self.offloaded)
         part._chunks = self._chunks[chosen]
         return part
 
     def take(self) -> Iterator[jax.Array]:
-        """The chunks, on the device, each given up: what takes one may overwrite it."""
+        """The chunks, on the device, each removed from the stream: the caller may donate it."""
         while self._chunks:
             yield self._bring(self._chunks.pop(0))
 
@@ -85,10 +85,10 @@ class Streams:
     """The activations that go through the model.
 
     Attributes:
-        start: A, under the starting masks.
-        rebuilt: B, as rebuilt so far.
+        start: stream A, of the model under its starting masks.
+        rebuilt: stream B, of the model as pruned and rebuilt so far.
         dense: of the dense model.
-        apart: how many of the last chunks of each hold the samples held apart.
+        held_out: how many chunks at the end of each hold the held-out samples.
 
     A stream is None where the run does not need it.
     """
@@ -96,14 +96,14 @@ class Streams:
     start: Stream | None = None
     rebuilt: Stream | None = None
     dense: Stream | None = None
-    apart: int = 0
+    held_out: int = 0
 
     @property
-    def fitted(self) -> slice:
+    def training(self) -> slice:
         """The chunks that stages learn from."""
-        return slice(None, -self.apart or None)
+        return slice(None, -self.held_out or None)
 
     @property
-    def judging(self) -> slice:
-        """The chunks held apart."""
-        return slice(-self.apart, None) if self.apart else slice(0, 0)
+    def validation(self) -> slice:
+        """The chunks of held-out samples."""
+        return slice(-self.held_out, None) if self.held_out else slice(0, 0)

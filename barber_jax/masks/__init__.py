@@ -1,0 +1,17 @@
+"""Masks: sparsity patterns, exact selection of weights, and the mask file.
+
+May import: console.
+
+| module | what it holds |
+|---|---|
+| `pattern` | unstructured and N:M patterns |
+| `selection` | which weights a score prunes, and LLM-Barber's swaps, exactly, on the devices |
+| `mask_file` | masks.safetensors, our own format |
+
+Only `selection` needs JAX, and it is not imported here: PyTorch users read mask files without it.
+"""
+
+from barber_jax.masks.mask_file import Masks, pack, read_masks, unpack
+from barber_jax.masks.pattern import SparsityPattern
+
+__all__ = ["Masks", "SparsityPattern", "pack", "read_masks", "unpack"]

@@ -1,4 +1,14 @@
-"""Model families in Flax NNX, found by Hugging Face's `model_type`."""
+"""Models: decoder families in Flax NNX, found by Hugging Face's `model_type`.
+
+May import: console.
+
+| module | what it holds |
+|---|---|
+| `llama`, `mistral`, `qwen`, `opt` | one family each |
+| `decoder`, `rope` | what families share: blocks, attention, rotary embedding |
+| `family` | the description of one architecture that the rest of the program works with |
+| `sharding` | how a block's arrays are sharded over a mesh |
+"""
 
 from barber_jax.console.errors import BarberError
 from barber_jax.models import llama, mistral, opt, qwen

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from barber_jax.convert.export import MASKS, writing
+from barber_jax.console.files import writing
+from barber_jax.convert.export import MASKS
 from barber_jax.masks.mask_file import read_masks
-from barber_jax.reports.run_record import load_record, read_map
+from barber_jax.reports.run_record import load_record
+from barber_jax.stages.outliers import parse_map
 
 REPORT = "report.html"
 
@@ -63,7 +65,11 @@ def _parts(title: str, record: dict, outputs: dict[str, np.ndarray]) -> Iterator
         share = totals["swaps"] / totals["weights"]
         headline += [(f"{totals['swaps']:,} ({share:.2%})", "swaps"), (f"{change:+.1%}", "block loss")]
     if "perplexity" in record:
-        headline.append((f"{record['perplexity']['perplexity']:.2f}", f"perplexity, {record['perplexity']['source']}"))
+        measured = f"{record['perplexity']['perplexity']:.2f}"
+        if "dense_perplexity" in record:
+            measured = f"{record['dense_perplexity']['perplexity']:.2f} → {measured}"
+        name = "perplexity, dense → pruned" if "dense_perplexity" in record else "perplexity"
+        headline.append((measured, f"{name}, {Path(record['perplexity']['source']).name}"))
     headline.append((duration(totals["seconds"]), f"on {device['count']} x {device['kind']}"))
     memory = record.get("peak_memory", {})
     for key, where in (("host_bytes", "host"), ("device_bytes", "device")):
@@ -124,7 +130,7 @@ def _plots(record: dict, outputs: dict[str, np.ndarray]) -> Iterator[str]:
         }
         title = "Reconstruction loss of each sub-block against its dense output, before and after the rebuild"
         yield plots.draw(lines(losses, "block", "mean squared error", log=True), title)
-        swaps = np.array([[100 * m["revived"] / m["size"] for _, m in row] for row in of_block]).T
+        swaps = np.array([[100 * m["regrown"] / m["size"] for _, m in row] for row in of_block]).T
         yield plots.draw(heat(swaps, list(matrices), "block", "% of weights"), "Swaps in each matrix")
     sparsity = np.array([[m["pruned"] / m["size"] for _, m in row] for row in of_block]).T
     yield plots.draw(heat(sparsity, list(matrices), "block", "sparsity"), "Sparsity of each matrix")
@@ -160,7 +166,7 @@ def _outliers(plots, maps: list[list[dict]], kinds: list[str]) -> Iterator[str]:
     """Where the masks prune outliers of the metric: maps over outputs and inputs, and counts by block."""
     from barber_jax.reports.figures import MAP, lines
 
-    read = [[{when: read_map(text) for when, text in each.items()} for each in row] for row in maps]
+    read = [[{when: parse_map(text) for when, text in each.items()} for each in row] for row in maps]
     counts = {
         f"pruned {when} the rebuild": [sum(int(each[when].sum()) for each in row) for row in read]
         for when in ("before", "after")
@@ -210,7 +216,7 @@ def _tables(record: dict, outputs: dict[str, np.ndarray]) -> Iterator[str]:
                 least, _, median, _, most = outputs.get(name, np.full(5, np.nan))
                 entry = [name, f"{each['size']:,}", f"{each['pruned'] / each['size']:.4f}"]
                 entry += [f"{least:.4f}", f"{median:.4f}", f"{most:.4f}"]
-                matrices.append([*entry, *([f"{each['revived']:,}"] if rebuilt else [])])
+                matrices.append([*entry, *([f"{each['regrown']:,}"] if rebuilt else [])])
     yield "<h2>Blocks</h2>" + table(head, rows)
     columns = ["matrix", "weights", "sparsity", "least output", "median output", "most output"]
     body = table([*columns, *(["swaps"] if rebuilt else [])], matrices)

@@ -1,27 +1,33 @@
-"""run.json: every option, figure and version of a run, for a person or a script to read afterwards."""
+"""run.json: every option, figure and version of a run, written by one process and read by others."""
 
-import dataclasses
 import importlib.metadata
 import json
 import platform
 import resource
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
-import numpy as np
 
 from barber_jax import __version__
-from barber_jax.config import PruneConfig
 from barber_jax.console.errors import BarberError
 from barber_jax.convert.export import RUN
 from barber_jax.models.family import Model
 
-FORMAT, VERSION = "barber_jax.run", 1
+FORMAT, VERSION = "barber_jax.run", 2
+RENAMED = {
+    "apart_before": "validation_loss_before",
+    "apart_after": "validation_loss_after",
+    "revived": "regrown",
+    "steps": "best_steps",
+}
+"""Key of version 1 -> key of version 2."""
 KEYS = {"options": dict, "versions": dict, "device": dict, "model": dict, "blocks": list, "totals": dict}
-"""What every run.json holds, and as what."""
-ALLOTMENT = ("allocate", "owl_lambda", "owl_m")
-"""Options that say how sparsity is spread over blocks, where a criterion gives the starting masks."""
+"""Key -> type of what every run.json holds."""
+ALLOCATION = ("allocate", "owl_lambda", "owl_m")
+"""Options of how sparsity is allocated to blocks, where a criterion gives the starting masks."""
 LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "transformers", "datasets", "safetensors")
 
 
@@ -56,44 +62,33 @@ def totals(blocks: list[dict]) -> dict:
         for stage, spent in block["seconds"].items():
             seconds[stage] = seconds.get(stage, 0.0) + spent
     out = {"weights": size, "pruned": pruned, "sparsity": pruned / size, "seconds_per_stage": seconds}
-    for figure in ("swaps", "loss_before", "loss_after", "apart_before", "apart_after"):
+    for figure in ("swaps", "loss_before", "loss_after", "validation_loss_before", "validation_loss_after"):
         if figure in subs[0]:
             out[figure] = sum(sub[figure] for sub in subs)
     return out
 
 
-def written_maps(maps: np.ndarray) -> dict[str, str]:
-    """`rebuild.outlier_maps` of a matrix as run.json holds it: a line of text for each mask, `;` between outputs."""
-    rows = [";".join(" ".join(map(str, row)) for row in each.tolist()) for each in maps]
-    return dict(zip(("before", "after"), rows, strict=True))
-
-
-def read_map(text: str) -> np.ndarray:
-    """One map of `written_maps`, int [outputs, inputs]."""
-    return np.array([[int(count) for count in row.split()] for row in text.split(";")])
-
-
-def provenance(config: PruneConfig) -> dict | None:
-    """The run that the starting masks were taken from, where it left a run.json beside them that can be read."""
-    given = config.masks.parent if config.masks else config.sparse_ckpt
+def provenance(options: dict) -> dict | None:
+    """The run that made the given starting masks, where it left a readable run.json beside them."""
+    given = Path(options["masks"]).parent if options["masks"] else options["sparse_ckpt"]
     if given is None:
         return None
     try:
         record = load_record(Path(given).expanduser())
-        options, seconds = record["options"], record["totals"]["seconds"]
-        made = {name: options[name] for name in ALLOTMENT if name in options}
-        rest = {"rebuild": options["rebuild"], "seconds": seconds}
-        return {"folder": str(given), "method": options["method"], **made, **rest}
+        made, seconds = record["options"], record["totals"]["seconds"]
+        allocation = {name: made[name] for name in ALLOCATION if name in made}
+        rest = {"rebuild": made["rebuild"], "seconds": seconds}
+        return {"folder": str(given), "method": made["method"], **allocation, **rest}
     except (BarberError, KeyError):
-        # Asked at the end of hours of work, which must not be lost for this.
+        # Read at the end of hours of work, which must not be lost for this.
         return None
 
 
 def load_record(folder: Path) -> dict:
-    """run.json of a folder.
+    """run.json of a folder, in today's form whatever version wrote it.
 
     Raises:
-        BarberError: there is none, it is damaged, or of another version.
+        BarberError: there is none, it is damaged, or of a newer version.
     """
     path = folder / RUN
     if not path.is_file():
@@ -104,32 +99,45 @@ def load_record(folder: Path) -> dict:
         raise BarberError(f"{path}: not JSON ({str(error)[:100]}); prune again") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise BarberError(f"{path}: not a record of barber_jax.prune; give a folder that it wrote")
-    if record.get("version") != VERSION:
+    if record.get("version") not in range(1, VERSION + 1):
         raise BarberError(
-            f"{path}: version {record.get('version')!r}, and this barber_jax reads {VERSION}; "
+            f"{path}: version {record.get('version')!r}, and this barber_jax reads up to {VERSION}; "
             "read it with the version that wrote it, or prune again"
         )
     missing = [key for key in KEYS if not isinstance(record.get(key), KEYS[key])]
     if missing:
         raise BarberError(f"{path}: {missing[0]!r} is missing or damaged; prune again")
-    return record
+    return record if record["version"] == VERSION else {**_renamed(record), "version": VERSION}
+
+
+def _renamed(part: Any) -> Any:
+    """A part of a record of version 1 with its keys renamed to version 2's; nothing else differs."""
+    if isinstance(part, dict):
+        return {RENAMED.get(key, key): _renamed(value) for key, value in part.items()}
+    return [_renamed(each) for each in part] if isinstance(part, list) else part
 
 
 def run_record(
-    config: PruneConfig,
-    sparsity: float,
+    options: Mapping[str, Any],
     model: Model,
     devices: list[jax.Device],
     blocks: list[dict],
     seconds: float,
-    perplexity: dict | None,
+    *,
+    dense_perplexity: dict | None = None,
+    perplexity: dict | None = None,
     allocation: list[float] | None = None,
 ) -> dict:
-    """The content of run.json; `allocation` is the fraction to prune in each block where it is not the same in all."""
-    options = {
-        key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(config).items()
-    }
-    options |= {"sparsity": sparsity, "pattern": str(config.sparsity_pattern)}
+    """The content of run.json.
+
+    Args:
+        options: of the run, by name; paths become text.
+        blocks: entries of the pruned blocks.
+        seconds: wall time of the run.
+        dense_perplexity, perplexity: of the dense model and of the result, where they were measured.
+        allocation: fraction to prune in each block, where it is not the same in all.
+    """
+    options = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
     record = {
         "format": FORMAT,
         "version": VERSION,
@@ -140,5 +148,6 @@ def run_record(
         "totals": {**totals(blocks), "seconds": seconds},
         "peak_memory": peak_memory(),
     }
-    extra = {"perplexity": perplexity, "started_from": provenance(config), "allocation": allocation}
+    extra = {"dense_perplexity": dense_perplexity, "perplexity": perplexity}
+    extra |= {"started_from": provenance(options), "allocation": allocation}
     return record | {key: value for key, value in extra.items() if value}

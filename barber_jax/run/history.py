@@ -1,4 +1,4 @@
-"""Blocks that a run has finished, as a later run that goes on from there needs them."""
+"""Finished blocks of a run, in the form in which a resumed run needs them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

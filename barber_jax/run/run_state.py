@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from barber_jax.console.errors import BarberError
-from barber_jax.convert.export import writing
+from barber_jax.console.files import writing
 from barber_jax.run.block_file import DAMAGE, Block, BlockRestore, BlockSave
 
 IDENTITY = "identity.json"

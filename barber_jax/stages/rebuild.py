@@ -1,175 +1,67 @@
-"""LLM-Barber itself (arXiv 2408.10631): the reconstruction loss of a sub-block, its gradient as importance, the swaps.
+"""LLM-Barber's rebuild of a sub-block's mask (arXiv 2408.10631): pruned weights that matter swap places with kept ones
+that do not.
 
-For a sub-block f with dense weights W, starting mask m and input X_s of sample s (its real input: a norm's output in
-pre-norm families):
+    score = |W| * D          equation 5, D the gradient importance of gradients.py
 
-    loss_s = mean over tokens and features of (f(W; X_s) - f(W * m; X_s))^2            equation 2
-    G_s    = d loss_s / d W, each sample by itself
-    D      = sqrt(mean over s of G_s^2)
-    score  = |W| * D                                                                   equation 5
+In every comparison group the pruned weights with the highest scores regrow, and as many kept ones with the lowest
+scores are pruned; which and how many is decided in `masks.selection.swap`.
 """
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+import numpy as np
 
-from barber_jax.config import SparsityPattern, TokenWeighting
-from barber_jax.devices.mesh import DATA, constrain, groups, kernel_axes, mask_axes
-from barber_jax.forward.passes import Parameters, sparsify
+from barber_jax.console.errors import BarberError
+from barber_jax.console.options import OptionGroup
+from barber_jax.forward.passes import Parameters
+from barber_jax.forward.streams import Stream
 from barber_jax.masks import selection
-from barber_jax.models.decoder import Block, BlockDefinition, SubBlock
+from barber_jax.masks.pattern import SparsityPattern
+from barber_jax.models.decoder import SubBlock
+from barber_jax.models.sharding import constrain, mask_axes
+from barber_jax.stages import gradients
+from barber_jax.stages.base import BlockMasks, Stage, Work
+from barber_jax.stages.outliers import outlier_maps
+from barber_jax.stages.weights import shard_masks
 
-LEAST_SPREAD = 1e-6
-"""Added to a token's spread, as a norm adds its epsilon, so that a token of zeros has a finite weight."""
+Granularity = Literal["block", "layer", "output1", "input1"]
+Metric = Literal["wd", "w", "d"]
 
-
-def token_weights(block: Block, hidden: jax.Array, y: jax.Array, weighting: TokenWeighting) -> jax.Array | None:
-    """What a token's squared errors are multiplied by: float32 [S, L], or None where all tokens count alike.
-
-    `norm` divides by the spread of the token's residual sum hidden + y ([S, L, D] each), which is what the next norm
-    does to it. Nothing is differentiated through it.
-    """
-    if weighting == "none":
-        return None
-    residual = lax.stop_gradient(hidden.astype(jnp.float32) + y.astype(jnp.float32))
-    return 1.0 / (block.spread(residual) + LEAST_SPREAD)
+ALPHAS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""What `--alpha auto` chooses from, lowest first: the lower one wins where losses are equal."""
 
 
-def error(block: Block, hidden: jax.Array, a: jax.Array, b: jax.Array, weighting: TokenWeighting) -> jax.Array:
-    """Mean squared difference of a sub-block's outputs a and b, [S, L, D] each, float32; tokens weighted by
-    `token_weights` of b, which is added to the residual stream `hidden` [S, L, D]."""
-    squares = jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32))
-    weights = token_weights(block, hidden, b, weighting)
-    return jnp.mean(squares if weights is None else squares * weights[..., None])
+@dataclass(frozen=True, kw_only=True)
+class RebuildOptions(OptionGroup):
+    """LLM-Barber: swap pruned weights that matter for kept ones that do not."""
 
+    rebuild: bool = True
+    """Rebuild the starting mask by LLM-Barber."""
+    granularity: Granularity | None = None
+    """Comparison group in which weights compete. Default as published for --method."""
+    alpha: float | Literal["auto"] | None = None
+    """Fraction of the outlier pairs to swap, or auto = by held-out loss. Default as published for --method."""
+    metric: Metric = "wd"
+    """Score: wd = |weight| x gradient (the paper's), w = |weight|, d = gradient."""
+    retain_reconstruction: bool = False
+    """Keep weights that sparsegpt (or --sparse-ckpt) updated, instead of the dense ones."""
 
-@dataclass
-class Totals:
-    """Sums over samples, kept apart for each of the N groups of samples that are computed side by side.
-
-    Attributes:
-        squares: kernel path -> float32 [N, in, out], squared gradients G_s^2.
-        errors: float32 [N], losses.
-    """
-
-    squares: dict[str, jax.Array]
-    errors: jax.Array
-
-
-jax.tree_util.register_dataclass(Totals, ["squares", "errors"], [])
-
-
-def _constrain(sub: SubBlock, squares: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {path: constrain(square, DATA, *kernel_axes(sub, path)) for path, square in squares.items()}
-
-
-@partial(jax.jit, static_argnames=("definition", "sub"))
-def no_totals(definition: BlockDefinition, sub: SubBlock) -> Totals:
-    """Totals of no samples."""
-    shapes = dict(definition.shapes)
-    squares = {path: jnp.zeros((groups(), *shapes[path]), jnp.float32) for path in sub.kernels}
-    return Totals(_constrain(sub, squares), constrain(jnp.zeros(groups(), jnp.float32), DATA))
-
-
-@partial(jax.jit, static_argnames=("definition", "sub", "weighting"), donate_argnames="totals")
-def accumulate(
-    definition: BlockDefinition,
-    sub: SubBlock,
-    parameters: Parameters,
-    start: Parameters,
-    masks: dict[str, jax.Array],
-    stream: jax.Array,
-    totals: Totals,
-    weighting: TokenWeighting = "none",
-) -> tuple[Totals, jax.Array]:
-    """Gradients and losses of the samples of a chunk of the stream, before the swap.
-
-    Args:
-        parameters: of the block, this sub-block's kernels dense.
-        start: path -> starting weights where they are not the dense ones: kernels [in, out], and what was trained of
-            the sub-block besides.
-        masks: kernel path -> bool [out, in] starting mask.
-        stream: [M, B, L, D] hidden state that enters the sub-block.
-        totals: of the samples before. Consumed.
-        weighting: of tokens, see `error`.
-
-    Returns:
-        totals: with these samples added.
-        dense: [M, B, L, D], f(W; X_s), which the loss after the swap is measured against.
-    """
-    kernels = {path: parameters[path].astype(jnp.float32) for path in sub.kernels}
-    sparse = sparsify({**kernels, **start}, masks)
-
-    def outcome(weights: Parameters, hidden: jax.Array) -> jax.Array:
-        block = definition.bind({**parameters, **weights})
-        return block.apply(sub.name, block.enter(sub.name, hidden))
-
-    def sample(hidden: jax.Array) -> tuple[tuple[jax.Array, jax.Array], Parameters]:
-        target = outcome(sparse, hidden[None])
-
-        def loss(kernels):
-            dense = outcome(kernels, hidden[None])
-            # The two are symmetric; the weight is of the dense outcome, which does not change with the masks.
-            return error(definition.bind(parameters), hidden[None], target, dense, weighting), dense[0]
-
-        return jax.value_and_grad(loss, has_aux=True)(kernels)
-
-    def side_by_side(totals: Totals, hidden: jax.Array) -> tuple[Totals, jax.Array]:
-        (errors, dense), gradients = jax.vmap(sample)(constrain(hidden, DATA))
-        squares = {path: totals.squares[path] + jnp.square(gradients[path]) for path in sub.kernels}
-        return Totals(_constrain(sub, squares), constrain(totals.errors + errors, DATA)), constrain(dense, DATA)
-
-    def micro_batch(totals: Totals, hidden: jax.Array) -> tuple[Totals, jax.Array]:
-        # Each group takes consecutive samples: those that its devices hold already.
-        grouped = hidden.reshape(groups(), -1, *hidden.shape[1:])
-        totals, dense = lax.scan(side_by_side, totals, jnp.moveaxis(grouped, 1, 0))
-        return totals, constrain(jnp.moveaxis(dense, 0, 1).reshape(hidden.shape), DATA)
-
-    totals, dense = lax.scan(micro_batch, totals, stream)
-    return totals, constrain(dense, None, DATA)
-
-
-@partial(jax.jit, static_argnames="sub", donate_argnames="totals")
-def importance(sub: SubBlock, totals: Totals, samples: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Gradient importance of every weight of a sub-block, from the totals of all samples. Consumes `totals`.
-
-    Returns:
-        importance: kernel path -> float32 D [in, out].
-        loss: mean of loss_s over samples.
-    """
-    root = {path: jnp.sqrt(jnp.sum(square, axis=0) / samples) for path, square in totals.squares.items()}
-    root = {path: constrain(mean, *kernel_axes(sub, path)) for path, mean in root.items()}
-    return root, constrain(jnp.sum(totals.errors) / samples)
-
-
-@jax.jit
-def survivors(dense: Parameters, start: Parameters, masks: dict[str, jax.Array]) -> Parameters:
-    """Weights that the score uses and that survive when the starting criterion's updates are retained: the updated
-    weight where the starting mask keeps it, the dense one where a weight may be revived. What has no
-    mask is as updated.
-
-    Args:
-        dense, start: path -> kernels [in, out] and other parameters.
-        masks: kernel path -> bool [out, in] starting mask.
-    """
-
-    def survivor(path: str) -> jax.Array:
-        return jnp.where(masks[path].T, start[path], dense[path]) if path in masks else start[path]
-
-    return {path: survivor(path) for path in start}
+    def settle(self) -> None:
+        if self.alpha not in ("auto", None) and not 0 <= self.alpha <= 1:  # NaN fails this too
+            raise BarberError(f"--alpha {self.alpha:g} is outside [0, 1]")
 
 
 @partial(jax.jit, static_argnames=("sub", "metric"))
-def scores(sub: SubBlock, weights: Parameters, importance: dict[str, jax.Array], metric: str) -> dict[str, jax.Array]:
-    """By what weights compete.
+def scores(sub: SubBlock, weights: Parameters, importance: dict[str, jax.Array], metric: Metric) -> Parameters:
+    """The score by which weights compete.
 
     Args:
-        weights: kernel path -> [in, out] weights that survive.
+        weights: kernel path -> [in, out] weights as they survive.
         importance: kernel path -> float32 D [in, out].
-        metric: `wd`, `w` or `d`.
 
     Returns:
         kernel path -> float32 [out, in].
@@ -185,12 +77,12 @@ def scores(sub: SubBlock, weights: Parameters, importance: dict[str, jax.Array],
 def swap_masks(
     sub: SubBlock,
     scores: dict[str, jax.Array],
-    masks: dict[str, jax.Array],
+    masks: BlockMasks,
     alpha: jax.Array,
     *,
-    granularity: str,
+    granularity: Granularity,
     pattern: SparsityPattern,
-) -> dict[str, jax.Array]:
+) -> BlockMasks:
     """The rebuilt masks of a sub-block.
 
     Args:
@@ -208,80 +100,76 @@ def swap_masks(
         new = [selection.swap_n_of_m(s, m, alpha, pattern.keep, pattern.of) for s, m in pairs]
     else:
         new = selection.swap(values, old, alpha, granularity)
-    return settled(sub, dict(zip(order, new, strict=True)))
+    return shard_masks(sub, dict(zip(order, new, strict=True)))
 
 
-@partial(jax.jit, static_argnames="sub")
-def settled(sub: SubBlock, masks: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Masks where masks lie."""
-    return {path: constrain(masks[path], *mask_axes(sub, path)) for path in sub.kernels}
+class Rebuild(Stage):
+    """The rebuild as a stage."""
+
+    name = "rebuild"
+    options = ("alpha", "metric")
+    switch = "a rebuild; leave out --no-rebuild"
+
+    def enabled(self, options: RebuildOptions) -> bool:
+        return options.rebuild
+
+    def validates(self, options: RebuildOptions) -> bool:
+        return options.alpha == "auto"
+
+    def __call__(self, work: Work) -> None:
+        """New masks by the gradient of the loss between the dense and the pruned sub-block."""
+        with work.watch.stage(f"{work.sub.name} gradient"):
+            importance, before = self._importance(work)
+            work.record.setdefault("loss_before", before)
+        with work.watch.stage(f"{work.sub.name} swap"):
+            base = work.parameters
+            kernels = {path: base[path] for path in work.sub.kernels}
+            found = scores(work.sub, kernels, importance, work.options.metric)
+            del importance
+            new, alpha = self._swap(work, found, base)
+            maps = outlier_maps(work.sub, found, work.masks, new)
+            del found
+            if work.options.alpha == "auto":
+                work.record.setdefault("alpha", []).append(alpha)
+            work.record["outliers"] = {path: np.asarray(maps[path]) for path in work.sub.kernels}
+            work.set_masks(new)
+
+    def _importance(self, work: Work) -> tuple[Parameters, float]:
+        """Gradient importance of every weight, and the loss before the swaps. The dense outputs become the target where
+        there is none yet."""
+        totals = gradients.zero_totals(work.definition, work.sub)
+
+        def outputs():
+            nonlocal totals
+            for chunk in work.streams.rebuilt.part(work.streams.training):
+                arguments = (work.definition, work.sub, work.dense, work.sparse, work.masks, chunk, totals)
+                totals, out = gradients.accumulate(*arguments, work.options.token_weighting)
+                yield out
+
+        if work.target is None:
+            work.target = Stream(outputs(), work.streams.rebuilt.offloaded)
+        else:
+            for _ in outputs():
+                pass
+        importance, loss = gradients.importance(work.sub, totals, jnp.float32(work.samples))
+        return jax.block_until_ready(importance), float(loss)
+
+    def _swap(self, work: Work, found: dict[str, jax.Array], base: Parameters) -> tuple[BlockMasks, float]:
+        """New masks, and the alpha that gave them."""
+        options = work.options
+
+        def swapped(alpha: float) -> BlockMasks:
+            settings = {"granularity": options.granularity, "pattern": options.sparsity_pattern}
+            return swap_masks(work.sub, found, work.masks, jnp.float32(alpha), **settings)
+
+        if options.alpha != "auto":
+            return swapped(options.alpha), options.alpha
+        losses = {}
+        for alpha in ALPHAS:
+            masks = swapped(alpha) if alpha else work.masks
+            losses[alpha] = work.loss(base, masks, work.streams.validation)
+        best = min(losses, key=losses.get)
+        return (swapped(best) if best else work.masks), best
 
 
-@partial(jax.jit, static_argnames="sub")
-def revived(sub: SubBlock, new: dict[str, jax.Array], old: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """How many weights that the old masks prune the new ones keep: kernel path -> int32."""
-    return {path: constrain(jnp.sum(new[path] & ~old[path], dtype=jnp.int32)) for path in sub.kernels}
-
-
-OUTLIERS, BINS = 100, 16
-"""One weight in OUTLIERS is an outlier of the metric; their places are counted in BINS x BINS parts of a matrix."""
-
-
-@partial(jax.jit, static_argnames="sub")
-def outlier_maps(
-    sub: SubBlock, scores: dict[str, jax.Array], before: dict[str, jax.Array], after: dict[str, jax.Array]
-) -> dict[str, jax.Array]:
-    """Where the masks of a sub-block prune outliers: the highest 1 % of a matrix's scores (figure 1b of the paper).
-
-    Args:
-        scores: kernel path -> float32 [out, in].
-        before, after: kernel path -> bool [out, in] masks.
-
-    Returns:
-        kernel path -> int32 [2, BINS, BINS], how many outliers the two masks prune in each part, outputs by inputs.
-    """
-
-    def maps(path: str) -> jax.Array:
-        score = scores[path]
-        high = selection.keep_highest(score, score.size - score.size // OUTLIERS, selection.AXES["layer"])
-        sides = [jnp.arange(size) * BINS // size for size in score.shape]
-        outputs, inputs = (jnp.arange(BINS)[:, None] == side for side in sides)
-
-        def count(flags: jax.Array) -> jax.Array:
-            # Products of zeros and ones: exact in float32, as no part holds 2^24 outliers.
-            return outputs.astype(jnp.float32) @ flags.astype(jnp.float32) @ inputs.T
-
-        return constrain(jnp.stack([count(high & ~mask[path]) for mask in (before, after)]).astype(jnp.int32))
-
-    return {path: maps(path) for path in sub.kernels}
-
-
-@partial(jax.jit, static_argnames=("definition", "sub", "weighting"), donate_argnames="stream")
-def advance(
-    definition: BlockDefinition,
-    sub: SubBlock,
-    parameters: Parameters,
-    masks: dict[str, jax.Array],
-    dense: jax.Array,
-    stream: jax.Array,
-    weighting: TokenWeighting = "none",
-) -> tuple[jax.Array, jax.Array]:
-    """Take the stream through a rebuilt sub-block. Consumes `stream`.
-
-    Args:
-        parameters: of the block, this sub-block's kernels as they survive.
-        dense: [M, B, L, D] from `accumulate`.
-
-    Returns:
-        stream after the sub-block, and the sum over micro-batches of its loss against `dense`. Samples have the same
-        number of tokens, so a micro-batch's loss is the mean of its samples'.
-    """
-    block = definition.bind(sparsify(parameters, masks))
-
-    def micro_batch(total, pair):
-        hidden, target = constrain(pair[0], DATA), pair[1]
-        y = block.apply(sub.name, block.enter(sub.name, hidden))
-        return total + error(block, hidden, y, target, weighting), constrain(block.leave(sub.name, hidden, y), DATA)
-
-    total, stream = lax.scan(micro_batch, jnp.float32(0), (stream, dense))
-    return constrain(stream, None, DATA), constrain(total)
+STAGE = Rebuild()

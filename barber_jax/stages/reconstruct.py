@@ -1,188 +1,85 @@
-"""Reconstruction: train the weights of a sub-block that survive, so that it gives its target again (see targets.py).
+"""Reconstruction: the surviving weights of a sub-block are trained to give its target, and the best are kept."""
 
-Adam (arXiv 1412.6980) on float32 masters with a warmed-up cosine schedule. A matrix's learning rate is a fraction of
-the root mean square of its surviving weights, so that one rate fits matrices of every scale. Pruned weights have no
-gradient and stay as they are under the mask.
-"""
-
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jax import lax
 
-from barber_jax.config import TokenWeighting, Trained
-from barber_jax.devices.mesh import DATA, constrain, kernel_axes
-from barber_jax.forward.passes import Parameters, sparsify
-from barber_jax.forward.streams import Stream
-from barber_jax.models.decoder import BlockDefinition, SubBlock
-from barber_jax.stages.rebuild import error
+from barber_jax.console.errors import BarberError
+from barber_jax.console.options import OptionGroup
+from barber_jax.forward.passes import Parameters
+from barber_jax.stages import training
+from barber_jax.stages.base import INT32_MAX, Stage, Work
 
-B1, B2, WARM_UP = 0.9, 0.95, 0.05
-LEAST_SCALE = 1e-3
-"""The least root mean square that a learning rate is a fraction of: biases may all be zero."""
+VALIDATIONS = 10
+"""How often the weights are validated in the course of a training."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How to train.
+@dataclass(frozen=True, kw_only=True)
+class ReconstructOptions(OptionGroup):
+    """Better weights: train those that survive."""
 
-    Attributes:
-        steps: of the whole training.
-        rate: learning rate at its highest, as a fraction of a matrix's root mean square.
-        weighting: of tokens in the loss.
-    """
+    reconstruct: int = 0
+    """Steps of training the surviving weights of each sub-block; 0 = none."""
+    reconstruct_rate: float = 0.01
+    """Learning rate, as a fraction of the root mean square of a matrix's surviving weights."""
+    reconstruct_batch: int = 1
+    """Samples in a step."""
+    reconstruct_scope: training.Scope = "weights"
+    """What is trained: surviving weights, or all = biases and norms too."""
 
-    steps: int
-    rate: float
-    weighting: TokenWeighting
-
-    def optimizer(self) -> optax.GradientTransformation:
-        """Adam with the schedule, before matrices' own scales."""
-        warm_up = max(1, int(WARM_UP * self.steps))
-        schedule = optax.warmup_cosine_decay_schedule(0.0, self.rate, warm_up, max(self.steps, warm_up + 1))
-        return optax.chain(optax.scale_by_adam(B1, B2), optax.scale_by_learning_rate(schedule))
-
-
-@dataclass
-class Training:
-    """What changes from step to step.
-
-    Attributes:
-        values: path -> float32 masters.
-        scales: path -> float32 scalar, root mean square that the learning rate is a fraction of.
-        optimizer: Adam's state.
-    """
-
-    values: Parameters
-    scales: Parameters
-    optimizer: optax.OptState
+    def settle(self) -> None:
+        self._require_least(0, "reconstruct")
+        self._require_least(1, "reconstruct_batch")
+        self._require_most(INT32_MAX, "reconstruct", "reconstruct_batch")
+        if not 0 < self.reconstruct_rate <= 1:  # NaN fails this too
+            raise BarberError(f"--reconstruct-rate {self.reconstruct_rate:g} is outside (0, 1]")
 
 
-jax.tree_util.register_dataclass(Training, ["values", "scales", "optimizer"], [])
+class Reconstruct(Stage):
+    """Reconstruction as a stage."""
+
+    name = "reconstruct"
+    options = ("reconstruct_rate", "reconstruct_batch", "reconstruct_scope")
+    switch = "--reconstruct"
+    changes_masks = False
+
+    def enabled(self, options: ReconstructOptions) -> bool:
+        return options.reconstruct > 0
+
+    def validates(self, options: ReconstructOptions) -> bool:
+        return True
+
+    def __call__(self, work: Work) -> None:
+        """Train, and keep the weights with the lowest loss on held-out samples."""
+        with work.watch.stage(f"{work.sub.name} reconstruct"):
+            self._train(work)
+
+    def _train(self, work: Work) -> None:
+        options, base = work.options, work.parameters
+        plan = training.Plan(options.reconstruct, options.reconstruct_rate, options.token_weighting)
+        paths = training.trained_paths(work.definition, work.sub, options.reconstruct_scope)
+        state = training.begin(work.sub, plan, {path: base[path] for path in paths}, work.masks)
+
+        def validated() -> tuple[float, Parameters]:
+            # Rounded to what will be written before it is measured.
+            values = training.rounded(state.values, {path: work.dense[path] for path in paths})
+            return work.loss({**base, **values}, work.masks, work.streams.validation), values
+
+        least, best = validated()
+        best_step = 0
+        stream = work.streams.rebuilt.part(work.streams.training)
+        target = work.target.part(work.streams.training)
+        seed = options.seed + work.round
+        schedule = training.schedule(work.samples, options.reconstruct, options.reconstruct_batch, seed)
+        for span in np.array_split(np.arange(options.reconstruct), min(VALIDATIONS, options.reconstruct)):
+            for hidden, wanted, order in training.batches(stream, target, schedule[span], work.data_parallel):
+                arguments = (work.definition, work.sub, plan, base, work.masks, hidden, wanted, order, state)
+                state = training.train(*arguments)
+            loss, values = validated()
+            if loss < least:
+                least, best, best_step = loss, values, int(span[-1]) + 1
+        work.updated = {**work.updated, **best}
+        work.record.setdefault("best_steps", []).append(best_step)
 
 
-def trained_paths(definition: BlockDefinition, sub: SubBlock, scope: Trained) -> tuple[str, ...]:
-    """Parameters of a sub-block that are trained: its kernels, and for `all` its biases and norms."""
-    return sub.kernels if scope == "weights" else definition.paths(sub)
-
-
-def _constrain(sub: SubBlock, values: Parameters) -> Parameters:
-    return {path: constrain(v, *(kernel_axes(sub, path) if path in sub.kernels else ())) for path, v in values.items()}
-
-
-@partial(jax.jit, static_argnames=("sub", "plan"))
-def begin(sub: SubBlock, plan: Plan, values: Parameters, masks: dict[str, jax.Array]) -> Training:
-    """Training before its first step.
-
-    Args:
-        values: path -> what is to be trained, any dtype. masks: kernel path -> bool [out, in].
-    """
-    values = {path: value.astype(jnp.float32) for path, value in values.items()}
-
-    def scale(path: str) -> jax.Array:
-        kept = masks[path].T if path in masks else jnp.ones(values[path].shape, bool)
-        squares = jnp.sum(jnp.where(kept, jnp.square(values[path]), 0.0))
-        return constrain(jnp.maximum(jnp.sqrt(squares / jnp.maximum(jnp.sum(kept), 1)), LEAST_SCALE))
-
-    return Training(_constrain(sub, values), {path: scale(path) for path in values}, plan.optimizer().init(values))
-
-
-@partial(jax.jit, static_argnames=("definition", "sub", "plan"), donate_argnames="training")
-def train(
-    definition: BlockDefinition,
-    sub: SubBlock,
-    plan: Plan,
-    parameters: Parameters,
-    masks: dict[str, jax.Array],
-    stream: jax.Array,
-    target: jax.Array,
-    order: jax.Array,
-    training: Training,
-) -> Training:
-    """Some steps of training.
-
-    Args:
-        parameters: of the block; those that are trained are not looked at.
-        masks: kernel path -> bool [out, in], of the sub-block.
-        stream, target: [M, B, L, D], what steps choose their samples from.
-        order: int32 [T, P, b, 2], for each of T steps P parts of b samples, by their places in M and B. The gradients
-            of the parts are averaged; one part's activations are in memory.
-        training: before these steps. Consumed.
-    """
-    optimizer = plan.optimizer()
-
-    def loss(values: Parameters, hidden: jax.Array, wanted: jax.Array) -> jax.Array:
-        block = definition.bind(sparsify({**parameters, **values}, masks))
-        y = block.apply(sub.name, block.enter(sub.name, hidden))
-        return error(block, hidden, y, wanted, plan.weighting)
-
-    def step(training: Training, samples: jax.Array) -> tuple[Training, None]:
-        def part(total: Parameters, places: jax.Array) -> tuple[Parameters, None]:
-            chosen = (places[:, 0], places[:, 1])
-            hidden, wanted = constrain(stream[chosen], DATA), constrain(target[chosen], DATA)
-            gradient = jax.grad(loss)(training.values, hidden, wanted)
-            return _constrain(sub, jax.tree.map(jnp.add, total, gradient)), None
-
-        total, _ = lax.scan(part, jax.tree.map(jnp.zeros_like, training.values), samples)
-        mean = jax.tree.map(lambda g: g / samples.shape[0], total)
-        updates, state = optimizer.update(mean, training.optimizer, training.values)
-        values = {path: v + training.scales[path] * updates[path] for path, v in training.values.items()}
-        return Training(_constrain(sub, values), training.scales, state), None
-
-    return lax.scan(step, training, order)[0]
-
-
-@jax.jit
-def rounded(values: Parameters, like: Parameters) -> Parameters:
-    """Masters in the dtypes of the parameters they replace: what will be written is what streams carry."""
-    return {path: value.astype(like[path].dtype) for path, value in values.items()}
-
-
-def schedule(samples: int, steps: int, batch: int, seed: int) -> np.ndarray:
-    """Which samples each step learns from: all in random order, then all again in another; int [steps, batch]."""
-    rng = np.random.default_rng(seed)
-    rounds = -(-steps * batch // samples)
-    return np.concatenate([rng.permutation(samples) for _ in range(rounds)])[: steps * batch].reshape(steps, batch)
-
-
-def batches(
-    stream: Stream, target: Stream, chosen: np.ndarray, multiple: int
-) -> Iterator[tuple[jax.Array, jax.Array, np.ndarray]]:
-    """What `train` wants of a stream and its target for some steps.
-
-    Args:
-        chosen: int [T, K] samples of each step.
-        multiple: a part of a step's samples is spread over so many devices; divides K.
-
-    Yields:
-        stream [M, B, L, D], target, and order [T, P, b, 2]. Where all is on the device that is once; else a step at
-        a time, with its own samples alone.
-    """
-    size = stream.micro_batch
-    part = max(b for b in range(multiple, max(size, multiple) + 1, multiple) if chosen.shape[1] % b == 0)
-    if not stream.offloaded:
-        places = np.stack(np.divmod(chosen, size), axis=-1)
-        (hidden,), (wanted,) = stream, target
-        yield hidden, wanted, places.reshape(len(chosen), -1, part, 2).astype(np.int32)
-        return
-    alone = np.stack([np.zeros_like(chosen[0]), np.arange(chosen.shape[1])], axis=-1)
-    for step in chosen:
-        gathered = (_gather([_sample(each.at(s // size), s % size) for s in step]) for each in (stream, target))
-        yield (*gathered, alone.reshape(1, -1, part, 2).astype(np.int32))
-
-
-@jax.jit
-def _sample(chunk: jax.Array, place: int) -> jax.Array:
-    """One sample [L, D] of a micro-batch [1, B, L, D]."""
-    return lax.dynamic_index_in_dim(chunk[0], place, keepdims=False)
-
-
-@jax.jit
-def _gather(samples: list[jax.Array]) -> jax.Array:
-    """Samples [L, D] -> [1, K, L, D]."""
-    return constrain(jnp.stack(samples)[None], None, DATA)
+STAGE = Reconstruct()

@@ -1,169 +1,113 @@
-"""Swaps that lower the layer-wise error of a mask, each by an exactly known amount (idea: arXiv 2512.10922).
+"""Refinement of a sub-block's masks: swaps by their exact gain in each linear's error, no weight changed.
 
-For one matrix with target weights D, surviving weights W, mask m, and the Gram matrix G = sum X^T X of its input, the
-error of an output is e^T G e with e = D - m * W. Pruning a kept input u adds W_u to e_u, reviving a pruned input p
-takes W_p from e_p. With r_i = W_i where kept and -W_i where pruned, and c = G e, both together change the error by
-
-    own_u + own_p + 2 r_u r_p G_up,    own_i = r_i (2 c_i + r_i G_ii)
-
-A step makes for every output the best such swap of a shortlist, if it lowers the error by more than rounding may feign;
-then c moves by r_u G_u + r_p G_p. The error never rises and every output keeps as many weights as before.
+Swaps overfit where samples are few, so every matrix is refined with several shrinkages of its Gram matrix, and the mask
+with the lowest error on held-out samples is taken.
 """
 
-from functools import partial
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-SHORTLIST = 16
-"""Candidates to prune and to revive, for each output and step."""
-GUARD = 4.0
-"""Rounding errors, in units of float32's epsilon, that a swap must exceed."""
+from barber_jax.console.options import OptionGroup
+from barber_jax.stages import layerwise
+from barber_jax.stages.base import INT32_MAX, Stage, Work
+from barber_jax.stages.exact_swaps import make_swaps
+from barber_jax.stages.weights import shard_masks
+
+SHRINKAGES = (0.01, 0.1, 0.5, 2.0)
+"""Candidates for the fraction of its diagonal that is added to G. Correlations between inputs are estimated poorly from
+few samples; with the diagonal alone, swaps would be those of Wanda's score."""
 
 
-@partial(jax.jit, static_argnames=("of", "shortlist"))
-def refine(
+@dataclass(frozen=True, kw_only=True)
+class RefineOptions(OptionGroup):
+    """Better masks: swaps by their exact gain."""
+
+    refine: int = 0
+    """Swaps in every output at most, each by its exact gain in layer-wise error; 0 = none."""
+
+    def settle(self) -> None:
+        self._require_least(0, "refine")
+        self._require_most(INT32_MAX, "refine")
+
+
+def refine_matrix(
     kernel: jax.Array,
     dense: jax.Array,
     mask: jax.Array,
-    gram: jax.Array,
-    swaps: jax.Array,
+    training: jax.Array,
+    validation: jax.Array,
+    limit: int,
     *,
-    of: int = 0,
-    shortlist: int = SHORTLIST,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Refine the mask of one matrix by at most `swaps` swaps for each output.
-
-    Unstructured, the shortlist has of every `shortlist`-th input, from each of the `shortlist` first on, the one that
-    is best to prune and the one that is best to revive by themselves. N:M swaps stay within a group of M, and all of
-    them are considered.
+    of: int,
+) -> tuple[jax.Array, float] | None:
+    """Refine a matrix's mask with every shrinkage and keep the one with the lowest validation error.
 
     Args:
-        kernel: [I, O], weights as they survive; where pruned, the value a weight gets when revived.
-        dense: [I, O], weights whose output is to be met.
-        mask: bool [O, I], True = kept.
-        gram: float32 [I, I], positive semi-definite.
-        swaps: int32.
-        of: M of an N:M pattern, 0: unstructured. A group keeps as many as it keeps in `mask`.
+        kernel: [I, O], as it is now; where pruned, the value that a weight regrows as.
+        dense: [I, O], the dense kernel.
+        mask: bool [O, I].
+        training, validation: Gram matrices float32 [I, I] of the samples to learn from and of the held-out ones.
+        limit: swaps in every output at most.
+        of: M of an N:M pattern, 0: unstructured.
 
     Returns:
-        bool [O, I] mask, and the error before and after, summed over outputs.
+        bool [O, I] mask and the shrinkage that gave it, or None where none is better than the mask as it is.
     """
-    weights, target = kernel.astype(jnp.float32).T, dense.astype(jnp.float32).T
-    if of:
-        weights, target, mask = (_by_place(array, 1, of) for array in (weights, target, mask))
-        gram = _by_place(_by_place(gram, 0, of), 1, of)
-    diagonal = jnp.diagonal(gram)
-    size = jnp.abs(weights) * jnp.sqrt(diagonal)
-    most = jnp.sum(jnp.maximum(jnp.abs(target), jnp.abs(target - weights)) * jnp.sqrt(diagonal), axis=1, keepdims=True)
-    inputs = jnp.arange(mask.shape[1])
-
-    def improve(state):
-        step, mask, slope, _ = state
-        change = jnp.where(mask, weights, -weights)
-        own = change * (2 * slope + change * diagonal)
-        if of:
-            lost = found = _best_group(own, change, mask, gram, of)
-        else:
-            lost, found = (_best_of_slices(jnp.where(side, own, jnp.inf), shortlist) for side in (mask, ~mask))
-        gain, lost, found = _best_pair(own, change, mask, gram, lost, found)
-        both = _at(size, lost) + _at(size, found)
-        better = gain < -GUARD * jnp.finfo(jnp.float32).eps * both * (both + 2 * most)
-        flips = better & ((inputs == lost) | (inputs == found))
-        slope += jnp.where(better, _at(change, lost) * gram[lost[:, 0]] + _at(change, found) * gram[found[:, 0]], 0.0)
-        return step + 1, mask ^ flips, slope, jnp.any(better)
-
-    slope, before = errors(weights, target, mask, gram)
-    state = (jnp.int32(0), mask, slope, jnp.bool(True))
-    new = lax.while_loop(lambda state: state[3] & (state[0] < swaps), improve, state)[1]
-    _, after = errors(weights, target, new, gram)
-    # The guard is what rounding is expected to be, not a bound: what was measured to be worse is not taken.
-    worse = after > before
-    new = jnp.where(worse[:, None], mask, new)
-    if of:
-        new = _by_place(new, 1, mask.shape[1] // of)
-    return new, jnp.sum(before), jnp.sum(jnp.where(worse, before, after))
+    least, best = float(layerwise.loss(kernel, dense, mask, validation)), None
+    for shrinkage in SHRINKAGES:
+        gram = layerwise.shrunk(training, jnp.float32(shrinkage))
+        new, _, _ = make_swaps(kernel, dense, mask, gram, jnp.int32(limit), of=of)
+        error = float(layerwise.loss(kernel, dense, new, validation))
+        if error < least:
+            least, best = error, (new, shrinkage)
+    return best
 
 
-def errors(weights: jax.Array, target: jax.Array, mask: jax.Array, gram: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What each output's weights lose.
+class Refine(Stage):
+    """Refinement as a stage."""
 
-    Args:
-        weights, target: float32 [O, I], the weights where kept, and those whose output is to be met.
-        mask: bool [O, I]. gram: float32 [I, I].
+    name = "refine"
+    switch = "--refine"
 
-    Returns:
-        c = G e [O, I] and e^T G e [O].
-    """
-    error = target - jnp.where(mask, weights, 0.0)
-    slope = jnp.matmul(error, gram, precision=lax.Precision.HIGHEST)
-    return slope, jnp.sum(error * slope, axis=1)
+    def enabled(self, options: RefineOptions) -> bool:
+        return options.refine > 0
 
+    def validates(self, options: RefineOptions) -> bool:
+        return True
 
-def _by_place(array: jax.Array, axis: int, of: int) -> jax.Array:
-    """Reorder the inputs: the first of every M, then the second of every M, and so on. Undone with I / M for M."""
-    shape = array.shape
-    grouped = array.reshape(*shape[:axis], -1, of, *shape[axis + 1 :])
-    return jnp.swapaxes(grouped, axis, axis + 1).reshape(shape)
+    def __call__(self, work: Work) -> None:
+        """Refine matrix by matrix, each on the inputs that those before it now give; all of it is undone if the
+        sub-block's validation loss does not fall."""
+        with work.watch.stage(f"{work.sub.name} refine"):
+            self._refine(work)
 
+    def _refine(self, work: Work) -> None:
+        before, masks, updated = work.validation_loss(), work.masks, work.updated
+        limit, of = work.options.refine, work.options.sparsity_pattern.of
+        chosen: dict[str, float | None] = {}
+        for entering, kernels in layerwise.inputs(work.sub).items():
+            training = self._gram(work, entering, work.streams.training)
+            validation = self._gram(work, entering, work.streams.validation)
+            for path in kernels:
+                kernel = work.updated.get(path, work.dense[path])
+                best = refine_matrix(kernel, work.dense[path], work.masks[path], training, validation, limit, of=of)
+                chosen[path] = best and best[1]
+                if best:
+                    work.set_masks(shard_masks(work.sub, {**work.masks, path: best[0]}))
+        if not work.validation_loss() < before:
+            work.masks, work.updated, chosen = masks, updated, dict.fromkeys(chosen)
+        work.record.setdefault("shrinkage", []).append(chosen)
 
-def _at(array: jax.Array, index: jax.Array) -> jax.Array:
-    """array[o, index[o, k]]."""
-    return jnp.take_along_axis(array, index, axis=1)
-
-
-def _best_of_slices(values: jax.Array, slices: int) -> jax.Array:
-    """Where, in each of the interleaved slices of an output's inputs, the lowest value is: [O, I] -> int32 [O, slices].
-
-    An argmin is slow on a CPU and a minimum is not. So the position takes the place of the last bits of the value,
-    which then decide no more; the values' order is that of their bits as integers, where the negative are mirrored.
-    """
-    outputs, inputs = values.shape
-    slices = min(slices, inputs)
-    padded = jnp.pad(values, ((0, 0), (0, -inputs % slices)), constant_values=jnp.inf).reshape(outputs, -1, slices)
-    width = (padded.shape[1] - 1).bit_length()
-    bits = lax.bitcast_convert_type(padded, jnp.int32)
-    keys = bits ^ ((bits >> 31) & jnp.iinfo(jnp.int32).max)
-    position = jnp.arange(padded.shape[1], dtype=jnp.int32)[:, None]
-    lowest = jnp.min((keys >> width << width) | position, axis=1)
-    return (lowest & ((1 << width) - 1)) * slices + jnp.arange(slices)
-
-
-def _best_group(own: jax.Array, change: jax.Array, mask: jax.Array, gram: jax.Array, of: int) -> jax.Array:
-    """The inputs of the group in which an output's best swap is: int32 [O, M]. Inputs lie by place, see `_by_place`."""
-    outputs, inputs = own.shape
-    groups = inputs // of
-    own, change, mask = (array.reshape(outputs, of, groups) for array in (own, change, mask))
-    within = jnp.diagonal(gram.reshape(of, groups, of, groups), axis1=1, axis2=3)
-    best = jnp.full((outputs, groups), jnp.inf)
-    for apart in range(1, of):
-        low, high = slice(of - apart), slice(apart, of)
-        shared = jnp.stack([within[place, place + apart] for place in range(of - apart)])
-        gain = own[:, low] + own[:, high] + 2 * change[:, low] * change[:, high] * shared
-        best = jnp.minimum(best, jnp.min(jnp.where(mask[:, low] != mask[:, high], gain, jnp.inf), axis=1))
-    return jnp.argmin(best, axis=1, keepdims=True) + groups * jnp.arange(of)
+    def _gram(self, work: Work, entering: str, part: slice) -> jax.Array:
+        """Gram matrix of an input over some of the chunks."""
+        total, parameters = None, work.parameters
+        for chunk, wanted in zip(work.streams.rebuilt.part(part), work.target.part(part), strict=True):
+            arguments = (work.definition, work.sub, entering, parameters, work.masks, chunk, wanted)
+            gram = layerwise.gram(*arguments, work.options.token_weighting)
+            total = gram if total is None else total + gram
+        return total
 
 
-def _best_pair(
-    own: jax.Array, change: jax.Array, mask: jax.Array, gram: jax.Array, lost: jax.Array, found: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The best swap among candidates.
-
-    Args:
-        own, change, mask, gram: as in `refine`.
-        lost, found: int32 [O, A], [O, B], inputs to prune and to revive. The kept of `lost` and the pruned of `found`
-            take part.
-
-    Returns:
-        Its change of the error, infinite if there is none, and the two inputs, each [O, 1].
-    """
-    down = jnp.where(_at(mask, lost), _at(own, lost), jnp.inf)
-    up = jnp.where(_at(mask, found), jnp.inf, _at(own, found))
-    shared = _at(change, lost)[:, :, None] * _at(change, found)[:, None, :] * gram[lost[:, :, None], found[:, None, :]]
-    gains = down[:, :, None] + up[:, None, :] + 2 * shared
-    # One axis after the other: an argmin over both is several times as slow on a CPU.
-    best = jnp.argmin(jnp.min(gains, axis=1), axis=1, keepdims=True)
-    column = jnp.take_along_axis(gains, best[:, None], axis=2)[:, :, 0]
-    row = jnp.argmin(column, axis=1, keepdims=True)
-    return _at(column, row), _at(lost, row), _at(found, best)
+STAGE = Refine()

@@ -1,125 +1,104 @@
-"""What is done to one sub-block on stream B: rebuild, refine, reconstruct, in rounds; then the stream goes through it.
+"""One sub-block through all its stages on stream B: target, rounds of the enabled stages, propagation.
 
-Options decide which stages there are. With none but the rebuild this is LLM-Barber as published. Where a choice is
-made by a loss (`--alpha auto`, the end of a reconstruction), the last calibration samples are held apart: they are in
-chunks of their own at the streams' end, no stage learns from them, and the choice is theirs.
+With the rebuild alone this is LLM-Barber as published. Where a stage chooses by a loss (`--alpha auto`, refinement,
+reconstruction), the last calibration samples are held out: they lie in chunks of their own at the end of the streams,
+and no stage learns from them.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from barber_jax.config import PruneConfig
 from barber_jax.console.progress import Stopwatch
-from barber_jax.criteria.starting import BlockMasks
 from barber_jax.forward.passes import Parameters
 from barber_jax.forward.streams import Stream, Streams
 from barber_jax.models.decoder import BlockDefinition, SubBlock
-from barber_jax.stages import layerwise, rebuild, reconstruct, targets
+from barber_jax.stages import loss, targets, weights
+from barber_jax.stages.base import BlockMasks, ChunkLoss, SharedOptions, Work, mean_loss
+from barber_jax.stages.table import enabled_stages, validates
 
-ALPHAS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-"""What `--alpha auto` chooses from, lowest first: it is preferred where losses are equal."""
-CHECKS = 10
-"""How often a reconstruction is judged on the samples held apart."""
-APART = 8
-"""One sample in so many is held apart."""
+HELD_OUT = 8
+"""One sample in HELD_OUT is held out."""
 
 
-def samples_apart(config: PruneConfig, multiple: int) -> int:
-    """How many samples are held apart: a multiple of the devices that they are spread over, 0 where nothing chooses."""
-    if not config.chooses:
+def held_out_samples(options: SharedOptions, samples: int, data_parallel: int) -> int:
+    """How many of the samples are held out: a multiple of the devices that samples are sharded over, 0 where no stage
+    chooses by a validation loss."""
+    if not validates(options):
         return 0
-    return max(1, config.samples // APART // multiple) * multiple
+    return max(1, samples // HELD_OUT // data_parallel) * data_parallel
 
 
-@dataclass
-class Work:
-    """A sub-block in the making.
-
-    Attributes:
-        start: its masks at the start.
-        masks: as they are now.
-        updated: path -> parameters that are not the dense ones, as they are now; kernels are the dense ones where
-            pruned, which is what a revived weight comes back as.
-        target: what its output is to be, chunk by chunk of stream B; None until it is known.
-        record: figures for run.json.
-    """
-
-    start: BlockMasks
-    masks: BlockMasks
-    updated: Parameters
-    target: Stream | None = None
-    record: dict = field(default_factory=dict)
-
-
-class Stages:
+class SubBlockStages:
     """Takes sub-blocks through the stages that the options ask for.
 
     Args:
         definition: of the block.
-        config: the options.
-        samples: how many calibration samples stages learn from.
-        multiple: over how many devices they are spread.
+        options: of all stages.
+        samples: calibration samples that stages learn from.
+        data_parallel: over how many devices samples are sharded.
     """
 
-    def __init__(self, definition: BlockDefinition, config: PruneConfig, samples: int, multiple: int):
-        self._definition, self._config, self._samples, self._multiple = definition, config, samples, multiple
-        rate, weighting = config.reconstruct_rate, config.token_weighting
-        self._plan = reconstruct.Plan(config.reconstruct, rate, weighting)
+    def __init__(self, definition: BlockDefinition, options: SharedOptions, samples: int, data_parallel: int):
+        self._definition, self._options = definition, options
+        self._samples, self._data_parallel = samples, data_parallel
+        self._stages = enabled_stages(options)
 
     def __call__(
         self, sub: SubBlock, dense: Parameters, start: Parameters, masks: BlockMasks, streams: Streams, watch: Stopwatch
     ) -> Work:
-        """What becomes of a sub-block; `streams.rebuilt` and `streams.dense` are after it then.
+        """Take one sub-block through its stages, and the streams through the sub-block.
 
         Args:
-            dense: the block's parameters, as earlier sub-blocks have left them.
-            start: path -> starting weights where they are not the dense ones.
+            dense: the dense block's parameters, earlier sub-blocks as they have become.
+            start: path -> starting weights where they differ from the dense ones.
             masks: kernel path -> starting mask.
+
+        Returns:
+            what became of the sub-block; `streams.rebuilt` and `streams.dense` are past it.
         """
-        config = self._config
-        work = Work(masks, masks, {})
-        if config.retain_reconstruction or not config.rebuild:
-            work.updated = rebuild.survivors({path: dense[path] for path in start}, start, masks)
-        if not config.rebuild or streams.apart or streams.dense is not None:
-            with watch.stage(f"{sub.name} target"):
-                work.target = self._target(sub, dense, streams)
-        sparse = start
-        if work.target is not None:
-            with watch.stage(f"{sub.name} loss"):
-                before = {**dense, **work.updated, **sparse}
-                work.record["loss_before"] = self._loss(sub, before, masks, streams, work.target, streams.fitted)
-                if streams.apart:
-                    judged = self._loss(sub, before, masks, streams, work.target, streams.judging)
-                    work.record["apart_before"] = judged
-        for place in range(config.rounds):
-            if config.rebuild:
-                self._rebuild(sub, dense, sparse, work, streams, watch)
-            if config.refine:
-                with watch.stage(f"{sub.name} refine"):
-                    self._refine(sub, dense, work, streams)
-            if config.reconstruct:
-                with watch.stage(f"{sub.name} reconstruct"):
-                    self._reconstruct(sub, dense, work, streams, place)
-            sparse = work.updated
-        if config.rebuild or config.refine:
-            revived = rebuild.revived(sub, work.masks, work.start)
-            work.record["swaps"] = {path: int(count) for path, count in revived.items()}
+        given = (self._definition, sub, self._options, self._samples, self._data_parallel)
+        work = Work(*given, dense, start, masks, streams, watch)
+        if self._options.retain_reconstruction or not self._options.rebuild:
+            work.updated = weights.surviving_weights({path: dense[path] for path in start}, start, masks)
+        self._begin(work)
+        for work.round in range(self._options.rounds):
+            for stage in self._stages:
+                stage(work)
+            work.sparse = work.updated
+        if any(stage.changes_masks for stage in self._stages):
+            regrown = weights.count_regrown(sub, work.masks, work.start_masks)
+            work.record["swaps"] = {path: int(count) for path, count in regrown.items()}
         with watch.stage(f"{sub.name} propagate"):
-            losses = self.advance(sub, {**dense, **work.updated}, work.masks, work.target, streams)
-        work.record["loss_after"] = _mean(losses[streams.fitted])
-        if streams.apart:
-            work.record["apart_after"] = _mean(losses[streams.judging])
+            losses = self.advance(sub, work.parameters, work.masks, work.target, streams)
+        work.record["loss_after"] = mean_loss(losses[streams.training])
+        if streams.held_out:
+            work.record["validation_loss_after"] = mean_loss(losses[streams.validation])
         return work
 
+    def _begin(self, work: Work) -> None:
+        """The target and the losses before the first stage; where only the rebuild with a fixed alpha follows, it gives
+        both itself, at no cost."""
+        if self._options.rebuild and not work.streams.held_out and work.streams.dense is None:
+            return
+        with work.watch.stage(f"{work.sub.name} target"):
+            work.target = self._target(work.sub, work.dense, work.streams)
+        with work.watch.stage(f"{work.sub.name} loss"):
+            before = {**work.parameters, **work.sparse}
+            work.record["loss_before"] = work.loss(before, work.masks, work.streams.training)
+            if work.streams.held_out:
+                validation = work.loss(before, work.masks, work.streams.validation)
+                work.record["validation_loss_before"] = validation
+
     def advance(
-        self, sub: SubBlock, weights: Parameters, masks: BlockMasks, target: Stream | None, streams: Streams
-    ) -> list["Loss"]:
-        """Take stream B through a sub-block; its losses against `target`, chunk by chunk. Without one they mean
-        nothing, but what is run is the same, so that a replayed stream is so to the last bit."""
+        self, sub: SubBlock, parameters: Parameters, masks: BlockMasks, target: Stream | None, streams: Streams
+    ) -> list[ChunkLoss]:
+        """Take stream B through a sub-block; returns its loss against `target`, chunk by chunk.
+
+        Without a target the losses mean nothing, but the same program runs, so that a stream that is replayed on
+        resuming is the same to the last bit.
+        """
         own = {path: masks[path] for path in sub.kernels}
         losses = []
 
@@ -127,195 +106,30 @@ class Stages:
             wanted = iter(target.take()) if target is not None else None
             for chunk in streams.rebuilt.take():
                 aim = next(wanted) if wanted is not None else jnp.zeros_like(chunk)
-                arguments = (self._definition, sub, weights, own, aim, chunk, self._config.token_weighting)
-                after, loss = rebuild.advance(*arguments)
-                losses.append((loss, chunk.shape[0]))
+                arguments = (self._definition, sub, parameters, own, aim, chunk, self._options.token_weighting)
+                after, total = loss.advance(*arguments)
+                losses.append((total, chunk.shape[0]))
                 yield after
 
-        streams.rebuilt = Stream(outputs(), self._config.offload_activations).ready()
+        streams.rebuilt = Stream(outputs(), streams.rebuilt.offloaded).ready()
         return losses
 
-    def follow(self, sub: SubBlock, dense: Parameters, streams: Streams) -> Stream:
-        """Take the dense stream through a sub-block; the target that it gives."""
-        wanted = []
+    def advance_dense(self, sub: SubBlock, dense: Parameters, streams: Streams) -> Stream:
+        """Take the dense stream through a sub-block; returns the `dense` target that it gives."""
+        offload, wanted = streams.rebuilt.offloaded, []
 
         def outputs() -> Iterator[jax.Array]:
             own = iter(streams.dense.take())
             for chunk in streams.rebuilt:
                 after, target = targets.dense(self._definition, sub, dense, next(own), chunk)
-                wanted.append(Stream([target], self._config.offload_activations))
+                wanted.append(Stream([target], offload))
                 yield after
 
-        streams.dense = Stream(outputs(), self._config.offload_activations).ready()
+        streams.dense = Stream(outputs(), offload).ready()
         return Stream.joined(wanted)
 
     def _target(self, sub: SubBlock, dense: Parameters, streams: Streams) -> Stream:
         if streams.dense is not None:
-            return self.follow(sub, dense, streams)
+            return self.advance_dense(sub, dense, streams)
         outputs = (targets.same(self._definition, sub, dense, chunk) for chunk in streams.rebuilt)
-        return Stream(outputs, self._config.offload_activations).ready()
-
-    def _fitted(self, work: Work, streams: Streams) -> tuple[Stream, Stream]:
-        """Stream B and the target, of the samples to learn from."""
-        return streams.rebuilt.part(streams.fitted), work.target.part(streams.fitted)
-
-    def _judged(self, sub: SubBlock, dense: Parameters, work: Work, streams: Streams) -> float:
-        """Loss on the samples held apart."""
-        parameters = {**dense, **work.updated}
-        return self._loss(sub, parameters, work.masks, streams, work.target, streams.judging)
-
-    def _loss(
-        self,
-        sub: SubBlock,
-        parameters: Parameters,
-        masks: BlockMasks,
-        streams: Streams,
-        target: Stream,
-        chosen: slice,
-    ) -> float:
-        """Mean loss of the sub-block over some of the chunks."""
-        losses = []
-        for chunk, wanted in zip(streams.rebuilt.part(chosen), target.part(chosen), strict=True):
-            weighting = self._config.token_weighting
-            loss = targets.loss(self._definition, sub, parameters, masks, chunk, wanted, weighting)
-            losses.append((loss, chunk.shape[0]))
-        return _mean(losses)
-
-    def _rebuild(
-        self, sub: SubBlock, dense: Parameters, sparse: Parameters, work: Work, streams: Streams, watch: Stopwatch
-    ) -> None:
-        """LLM-Barber: new masks by the gradient of the loss between dense and `sparse` weights."""
-        config = self._config
-        with watch.stage(f"{sub.name} gradient"):
-            importance, before = self._importance(sub, dense, sparse, work, streams)
-            work.record.setdefault("loss_before", before)
-        with watch.stage(f"{sub.name} swap"):
-            base = {**dense, **work.updated}
-            scores = rebuild.scores(sub, {path: base[path] for path in sub.kernels}, importance, config.metric)
-            del importance
-            new, alpha = self._swap(sub, scores, base, work, streams)
-            outliers = rebuild.outlier_maps(sub, scores, work.masks, new)
-            del scores
-            if config.alpha == "auto":
-                work.record.setdefault("alpha", []).append(alpha)
-            work.record["outliers"] = {path: np.asarray(outliers[path]) for path in sub.kernels}
-            self._replace(sub, dense, new, work)
-
-    def _replace(self, sub: SubBlock, dense: Parameters, masks: BlockMasks, work: Work) -> None:
-        """New masks; what they prune is the dense weight again."""
-        kernels = {path: work.updated[path] for path in sub.kernels if path in work.updated}
-        if kernels:
-            survivors = rebuild.survivors({path: dense[path] for path in kernels}, kernels, masks)
-            work.updated = {**work.updated, **survivors}
-        work.masks = masks
-
-    def _swap(
-        self, sub: SubBlock, scores: Parameters, base: Parameters, work: Work, streams: Streams
-    ) -> tuple[BlockMasks, float]:
-        """New masks, and the alpha that gave them."""
-        config = self._config
-
-        def swapped(alpha: float) -> BlockMasks:
-            return rebuild.swap_masks(
-                sub,
-                scores,
-                work.masks,
-                jnp.float32(alpha),
-                granularity=config.granularity,
-                pattern=config.sparsity_pattern,
-            )
-
-        if config.alpha != "auto":
-            return swapped(config.alpha), config.alpha
-        tried = {}
-        for alpha in ALPHAS:
-            masks = swapped(alpha) if alpha else work.masks
-            tried[alpha] = self._loss(sub, base, masks, streams, work.target, streams.judging)
-        best = min(tried, key=tried.get)
-        return (swapped(best) if best else work.masks), best
-
-    def _importance(
-        self, sub: SubBlock, dense: Parameters, sparse: Parameters, work: Work, streams: Streams
-    ) -> tuple[Parameters, float]:
-        """Importance of every weight of a sub-block, and its loss before the swap. The outputs of the dense sub-block
-        become the target where there is none yet."""
-        totals = rebuild.no_totals(self._definition, sub)
-
-        def outputs() -> Iterator[jax.Array]:
-            nonlocal totals
-            for chunk in streams.rebuilt.part(streams.fitted):
-                arguments = (self._definition, sub, dense, sparse, work.masks, chunk, totals)
-                totals, out = rebuild.accumulate(*arguments, self._config.token_weighting)
-                yield out
-
-        if work.target is None:
-            work.target = Stream(outputs(), self._config.offload_activations)
-        else:
-            for _ in outputs():
-                pass
-        importance, loss = rebuild.importance(sub, totals, jnp.float32(self._samples))
-        return jax.block_until_ready(importance), float(loss)
-
-    def _refine(self, sub: SubBlock, dense: Parameters, work: Work, streams: Streams) -> None:
-        """Refine masks matrix by matrix, each on what those before it now give; all is undone if it does no good on the
-        samples held apart."""
-        before, masks, updated = self._judged(sub, dense, work, streams), work.masks, work.updated
-        swaps, of = self._config.refine, self._config.sparsity_pattern.of
-        chosen = {}
-        for entering, kernels in layerwise.inputs(sub).items():
-            fitted = self._gram(sub, entering, dense, work, streams, streams.fitted)
-            judging = self._gram(sub, entering, dense, work, streams, streams.judging)
-            for path in kernels:
-                kernel = work.updated.get(path, dense[path])
-                best = layerwise.refined(kernel, dense[path], work.masks[path], fitted, judging, swaps, of=of)
-                chosen[path] = best and best[1]
-                if best:
-                    self._replace(sub, dense, rebuild.settled(sub, {**work.masks, path: best[0]}), work)
-        if not self._judged(sub, dense, work, streams) < before:
-            work.masks, work.updated, chosen = masks, updated, dict.fromkeys(chosen)
-        work.record.setdefault("shrinkage", []).append(chosen)
-
-    def _gram(
-        self, sub: SubBlock, entering: str, dense: Parameters, work: Work, streams: Streams, chosen: slice
-    ) -> jax.Array:
-        """`layerwise.gram` of some of the chunks."""
-        total, parameters = None, {**dense, **work.updated}
-        for chunk, wanted in zip(streams.rebuilt.part(chosen), work.target.part(chosen), strict=True):
-            arguments = (self._definition, sub, entering, parameters, work.masks, chunk, wanted)
-            gram = layerwise.gram(*arguments, self._config.token_weighting)
-            total = gram if total is None else total + gram
-        return total
-
-    def _reconstruct(self, sub: SubBlock, dense: Parameters, work: Work, streams: Streams, place: int) -> None:
-        """Train what survives, and keep what is best on the samples held apart."""
-        config = self._config
-        base = {**dense, **work.updated}
-        paths = reconstruct.trained_paths(self._definition, sub, config.reconstruct_scope)
-        training = reconstruct.begin(sub, self._plan, {path: base[path] for path in paths}, work.masks)
-
-        def judged() -> tuple[float, Parameters]:
-            values = reconstruct.rounded(training.values, {path: dense[path] for path in paths})
-            chosen = streams.judging
-            return self._loss(sub, {**base, **values}, work.masks, streams, work.target, chosen), values
-
-        best, kept = judged()
-        stopped = 0
-        fitted, wanted = self._fitted(work, streams)
-        chosen = reconstruct.schedule(self._samples, config.reconstruct, config.reconstruct_batch, config.seed + place)
-        for span in np.array_split(np.arange(config.reconstruct), min(CHECKS, config.reconstruct)):
-            for stream, target, order in reconstruct.batches(fitted, wanted, chosen[span], self._multiple):
-                arguments = (self._definition, sub, self._plan, base, work.masks, stream, target, order, training)
-                training = reconstruct.train(*arguments)
-            loss, values = judged()
-            if loss < best:
-                best, kept, stopped = loss, values, int(span[-1]) + 1
-        work.updated = {**work.updated, **kept}
-        work.record.setdefault("steps", []).append(stopped)
-
-
-Loss = tuple[jax.Array, int]
-"""Sum over micro-batches, and their number."""
-
-
-def _mean(losses: list[Loss]) -> float:
-    return sum(float(loss) for loss, _ in losses) / sum(count for _, count in losses)
+        return Stream(outputs, streams.rebuilt.offloaded).ready()

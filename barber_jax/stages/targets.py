@@ -1,23 +1,24 @@
-"""What a sub-block is to give on stream B, and how far it is from that.
+"""The target of a sub-block on stream B: the output that its pruned weights should give.
 
-Two targets for the output of a sub-block f on the hidden state H of stream B, in the shape of its output:
+Two targets for the output of a sub-block f on the hidden state H of stream B, [M, B, L, D] like H:
 
     same    f(W; H), the dense sub-block on the same inputs
-    dense   H* + f(W; H*) - H, H* the dense model's state: with it the residual stream becomes the dense model's again,
-            so that what earlier blocks lost is made up for as far as it can be
+    dense   H* + f(W; H*) - H, with H* the dense model's hidden state: a sub-block that met it would bring the residual
+            stream back to the dense model's, making up for what earlier blocks lost
 """
 
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from barber_jax.config import TokenWeighting
-from barber_jax.devices.mesh import DATA, constrain
-from barber_jax.forward.passes import Parameters, sparsify
+from barber_jax.forward.passes import Parameters
 from barber_jax.models.decoder import BlockDefinition, SubBlock
-from barber_jax.stages.rebuild import error
+from barber_jax.models.sharding import DATA, constrain
+
+Target = Literal["same", "dense"]
 
 
 @partial(jax.jit, static_argnames=("definition", "sub"))
@@ -40,7 +41,7 @@ def dense(
     Args:
         parameters: of the dense block.
         dense_stream: [M, B, L, D]. Consumed.
-        stream: [M, B, L, D], the same samples' state on stream B.
+        stream: [M, B, L, D], stream B for the same samples.
 
     Returns:
         dense stream after the sub-block, target; [M, B, L, D] each.
@@ -50,37 +51,10 @@ def dense(
     def micro_batch(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         own, hidden = (constrain(each, DATA) for each in pair)
         y = block.apply(sub.name, block.enter(sub.name, own))
-        # The states are large and near each other, the target is small: float32 until they are subtracted.
+        # The two states are large and close to each other, the target is small: float32 until they are subtracted.
         residual = own.astype(jnp.float32) + y.astype(jnp.float32)
         target = (residual - hidden.astype(jnp.float32)).astype(hidden.dtype)
         return constrain(block.leave(sub.name, own, y), DATA), constrain(target, DATA)
 
     after, target = lax.map(micro_batch, (dense_stream, stream))
     return constrain(after, None, DATA), constrain(target, None, DATA)
-
-
-@partial(jax.jit, static_argnames=("definition", "sub", "weighting"))
-def loss(
-    definition: BlockDefinition,
-    sub: SubBlock,
-    parameters: Parameters,
-    masks: dict[str, jax.Array],
-    stream: jax.Array,
-    target: jax.Array,
-    weighting: TokenWeighting,
-) -> jax.Array:
-    """Sum over micro-batches of the sub-block's loss against its target.
-
-    Args:
-        parameters: of the block, this sub-block's kernels as they survive.
-        masks: kernel path -> bool [out, in], of the sub-block.
-        stream, target: [M, B, L, D].
-    """
-    block = definition.bind(sparsify(parameters, masks))
-
-    def micro_batch(total: jax.Array, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        hidden, wanted = (constrain(each, DATA) for each in pair)
-        y = block.apply(sub.name, block.enter(sub.name, hidden))
-        return total + error(block, hidden, y, wanted, weighting), None
-
-    return constrain(lax.scan(micro_batch, jnp.float32(0), (stream, target))[0])

@@ -18,7 +18,7 @@ from barber_jax.eval.benchmark import CompilationWatch
 from barber_jax.eval.runs import load_run
 from barber_jax.masks.mask_file import read_masks
 from barber_jax.models import build_model
-from barber_jax.run import stream
+from barber_jax.run import loop
 
 QUICK = ["--samples", 4, "--length", 16, "--sparsity", 0.7, "--allocate", "owl"]
 
@@ -86,7 +86,7 @@ def test_outlier_ratios_are_those_of_pytorch(family, inputs):
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7, 0.85])
 def test_allotted_as_the_paper_says(sparsity):
     ratios = [0.02, 0.05, 0.021, 0.03]
-    got = np.array(allocation.allot(ratios, sparsity, 0.08))
+    got = np.array(allocation.allocate(ratios, sparsity, 0.08))
     kept = 1 - got
     assert np.ptp(kept) == pytest.approx(0.16) and kept.mean() == pytest.approx(1 - sparsity, abs=1e-15)
     np.testing.assert_allclose((kept - kept.min()) / 0.16, (np.array(ratios) - 0.02) / 0.03, atol=1e-12)
@@ -95,26 +95,26 @@ def test_allotted_as_the_paper_says(sparsity):
 @pytest.mark.parametrize("sparsity", [0.0, 0.01, 0.1, 0.95, 0.999])
 @pytest.mark.parametrize("ratios", [[0.0, 0.0, 0.1], [0.1, 0.0, 0.1, 0.1], [0.1, 0.2]])
 def test_what_does_not_fit_is_spread_less(sparsity, ratios):
-    got = np.array(allocation.allot(ratios, sparsity, 0.3))
+    got = np.array(allocation.allocate(ratios, sparsity, 0.3))
     assert got.min() >= 0 and got.max() < 1 and got.mean() == pytest.approx(sparsity, abs=1e-15)
     assert (np.argsort(-got, kind="stable") == np.argsort(ratios, kind="stable")).all() or sparsity == 0
 
 
 def test_blocks_without_a_difference_are_pruned_alike():
-    assert allocation.allot([0.1, 0.1, 0.1], 0.6, 0.08) == [0.6, 0.6, 0.6]
+    assert allocation.allocate([0.1, 0.1, 0.1], 0.6, 0.08) == [0.6, 0.6, 0.6]
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
 def test_every_criterion_prunes_what_is_allotted(method, inputs, tmp_path, monkeypatch):
     """And finds the programs of the first block in all others."""
     watch, compiled, counted = CompilationWatch(), [], allocation.count_outliers._cache_size()
-    result = stream.Pruning._result
+    result = loop.Pruning._result
 
     def count(self, *arguments):
         compiled.append(watch.programs)
         return result(self, *arguments)
 
-    monkeypatch.setattr(stream.Pruning, "_result", count)
+    monkeypatch.setattr(loop.Pruning, "_result", count)
     made = prune_masks(
         tmp_path / "out", inputs / "llama", inputs / "ids.npy", *QUICK, "--method", method, "--no-rebuild"
     )
@@ -174,5 +174,5 @@ def test_a_run_from_the_masks_knows_how_they_were_allotted(inputs, tmp_path):
 )
 def test_options(options, says):
     with pytest.raises(BarberError) as refused:
-        PruneConfig("dense", Path("out"), **options)
+        PruneConfig(ckpt="dense", out=Path("out"), **options)
     assert says in str(refused.value)

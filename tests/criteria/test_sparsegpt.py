@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from barber_jax.config import SparsityPattern
 from barber_jax.console.errors import BarberError
 from barber_jax.criteria import sparsegpt
+from barber_jax.masks.pattern import SparsityPattern
 
 
 def plain(kernel, gram, samples, pattern, block=128):

@@ -392,5 +392,6 @@ def test_refused_npy_files(tmp_path):
 
 
 def test_importing_calibration_stays_light():
-    code = "import sys, barber_jax.data.calibration; print({'torch', 'jax', 'datasets', 'transformers'} & set(sys.modules))"
+    heavy = "{'torch', 'jax', 'datasets', 'transformers'}"
+    code = f"import sys, barber_jax.data.calibration; print({heavy} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"

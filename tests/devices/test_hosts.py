@@ -63,27 +63,27 @@ DYING = """
 import os, sys
 from barber_jax import prune
 from barber_jax.devices import hosts
-from barber_jax.run import stream
+from barber_jax.run import loop
 hosts.HEARTBEAT_S = 10
-record = stream.Pruning._record
+record = loop.Pruning._record
 def die(self, index, *rest):
     if index == 1 and "--process 1" in " ".join(sys.argv):
         os._exit(9)
     return record(self, index, *rest)
-stream.Pruning._record = die
+loop.Pruning._record = die
 prune.run(sys.argv[1:])
 """
 
 CUT_OFF = """
 import os, sys
 from barber_jax import prune
-from barber_jax.run import stream
-finish = stream.Pruning._record
+from barber_jax.run import loop
+finish = loop.Pruning._record
 def die(self, index, *rest):
     if index == 2:
         os._exit(9)
     return finish(self, index, *rest)
-stream.Pruning._record = die
+loop.Pruning._record = die
 prune.run(sys.argv[1:])
 """
 
@@ -97,7 +97,7 @@ def test_two_processes_go_on_with_a_run(inputs):
     both = start(inputs, inputs / "two", 2, "--resume")
     said = [process.communicate(timeout=300)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    assert "going on after 2 of 3 blocks" in said[0]
+    assert "resuming after 2 of 3 blocks" in said[0]
     for name in ("masks.safetensors", "model.safetensors"):
         assert (inputs / "two" / name).read_bytes() == (inputs / "whole" / name).read_bytes()
     assert not (inputs / "two.run").exists()

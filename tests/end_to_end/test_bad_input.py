@@ -697,7 +697,8 @@ def test_processes(sound, tmp_path):
 
 def in_process(setup, *arguments):
     """The prune command after some lines of set-up in a process of its own."""
-    code = f"import sys; {setup}\nfrom barber_jax import prune; from barber_jax.console import errors; errors.exit_with_one_line(prune.run)"
+    imports = "from barber_jax import prune\nfrom barber_jax.console.errors import exit_with_one_line"
+    code = f"import sys; {setup}\n{imports}\nexit_with_one_line(prune.run)"
     line = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -733,8 +734,8 @@ def test_a_lost_interrupt_ends_the_run_at_the_next_block(sound, ids, tmp_path):
     setup = """
 import signal, weakref
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from barber_jax.run import stream
-apart = stream.Pruning.__iter__
+from barber_jax.run import loop
+apart = loop.Pruning.__iter__
 def interrupted(self):
     for result in apart(self):
         class Gone: pass
@@ -742,7 +743,7 @@ def interrupted(self):
         kept = weakref.ref(gone, lambda _: signal.raise_signal(signal.SIGINT))
         del gone
         yield result
-stream.Pruning.__iter__ = interrupted
+loop.Pruning.__iter__ = interrupted
 """
     given = ["--ckpt", sound, "--out", tmp_path / "out", "--calibration", ids, "--samples", 2, "--length", 8]
     _, err = (process := in_process(setup, *given)).communicate(timeout=60)

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import pytest
 from jax import export
 
-from barber_jax.config import SparsityPattern
 from barber_jax.criteria import CRITERIA, allocation, sparsegpt, starting
-from barber_jax.devices import mesh
-from barber_jax.eval import perplexity
-from barber_jax.forward import passes
+from barber_jax.forward import passes, perplexity
+from barber_jax.masks.pattern import SparsityPattern
 from barber_jax.models import build_model
-from barber_jax.stages import layerwise, rebuild, reconstruct, refine, targets
+from barber_jax.models.sharding import kernel_axes
+from barber_jax.stages import exact_swaps, gradients, layerwise, loss, rebuild, targets, training
+from barber_jax.stages.weights import surviving_weights
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 MODELS = {
@@ -80,13 +80,13 @@ def test_rebuild(model, place):
     totals = (squares, like((1,)))
 
     def accumulate(parameters, masks, stream, totals):
-        totals, dense = rebuild.accumulate(block, sub, parameters, {}, masks, stream, rebuild.Totals(*totals))
+        totals, dense = gradients.accumulate(block, sub, parameters, {}, masks, stream, gradients.Totals(*totals))
         return totals.squares, totals.errors, dense
 
-    lower(lambda: rebuild.no_totals(block, sub).squares)
+    lower(lambda: gradients.zero_totals(block, sub).squares)
     lower(accumulate, weights, masks, stream, totals)
-    lower(lambda t: rebuild.importance(sub, rebuild.Totals(*t), jnp.float32(4)), totals)
-    lower(rebuild.survivors, kernels, kernels, masks)
+    lower(lambda t: gradients.importance(sub, gradients.Totals(*t), jnp.float32(4)), totals)
+    lower(surviving_weights, kernels, kernels, masks)
     importance = {path: like(shapes[path]) for path in sub.kernels}
     scores = lower(lambda w, d: rebuild.scores(sub, w, d, "wd"), kernels, importance)
     assert len(scores) == len(masks)
@@ -95,7 +95,7 @@ def test_rebuild(model, place):
     for granularity, pattern in [*settings, ("output1", SparsityPattern(0.5, 2, 4))]:
         swap = partial(rebuild.swap_masks, sub, granularity=granularity, pattern=pattern)
         lower(swap, scores, masks, like(()))
-    lower(lambda p, m, d, s: rebuild.advance(block, sub, p, m, d, s), weights, masks, stream, stream)
+    lower(lambda p, m, d, s: loss.advance(block, sub, p, m, d, s), weights, masks, stream, stream)
 
 
 @pytest.mark.parametrize("place", [0, 1])
@@ -107,7 +107,7 @@ def test_stages(model, place):
     masks = {path: like(shapes[path][::-1], bool) for path in sub.kernels}
     lower(lambda p, s: targets.same(block, sub, p, s), weights, stream)
     lower(lambda p, d, s: targets.dense(block, sub, p, d, s), weights, stream, stream)
-    lower(lambda p, m, s, t: targets.loss(block, sub, p, m, s, t, "norm"), weights, masks, stream, stream)
+    lower(lambda p, m, s, t: loss.loss(block, sub, p, m, s, t, "norm"), weights, masks, stream, stream)
     for entering, (path, *_) in layerwise.inputs(sub).items():
         inputs, outputs = shapes[path]
         arguments = (weights, masks, stream, stream)
@@ -118,14 +118,21 @@ def test_stages(model, place):
         kernel, mask, count = like(shapes[path], dtype), like((outputs, inputs), bool), like((), jnp.int32)
         lower(layerwise.loss, kernel, kernel, mask, gram)
         for of in (0, 4):
-            lower(lambda k, d, m, g, n, of=of: refine.refine(k, d, m, g, n, of=of), kernel, kernel, mask, gram, count)
-    plan = reconstruct.Plan(100, 0.01, "norm")
-    paths = reconstruct.trained_paths(block, sub, "all")
+            lower(
+                lambda k, d, m, g, n, of=of: exact_swaps.make_swaps(k, d, m, g, n, of=of),
+                kernel,
+                kernel,
+                mask,
+                gram,
+                count,
+            )
+    plan = training.Plan(100, 0.01, "norm")
+    paths = training.trained_paths(block, sub, "all")
     values = {path: weights[path] for path in paths}
 
     def train(values, parameters, masks, stream, target, order):
-        training = reconstruct.begin(sub, plan, values, masks)
-        return reconstruct.train(block, sub, plan, parameters, masks, stream, target, order, training).values
+        state = training.begin(sub, plan, values, masks)
+        return training.train(block, sub, plan, parameters, masks, stream, target, order, state).values
 
     lower(train, values, weights, masks, stream, stream, like((5, 2, 2, 2), jnp.int32))
 
@@ -153,7 +160,7 @@ def test_starting_criteria(model, pattern):
                 "sparsegpt": (like((inputs, inputs)), like((inputs,), bool)),
             }
             for method, statistic in prepared.items():
-                start = partial(starting._start_matrix, CRITERIA[method], mesh.kernel_axes(sub, path))
+                start = partial(starting._start_matrix, CRITERIA[method], kernel_axes(sub, path))
                 quota = CRITERIA[method].quota(shapes[path][::-1], 0.5)
                 lower(
                     lambda kernel, seen, quota, start=start: start(kernel, seen, 128, pattern, quota)[0],

@@ -108,7 +108,7 @@ def test_run_json_tells_the_run(tmp_path, ids, ckpt):
         assert min(block["seconds"].values()) >= 0 and {"mlp swap", "commit"} <= set(block["seconds"])
         for sub in block["sub_blocks"]:
             assert sub["loss_before"] > 0 and sub["loss_after"] > 0 and sub["sparsity"] == 0.5
-            assert sub["swaps"] == sum(matrix["revived"] for matrix in sub["matrices"].values()) > 0
+            assert sub["swaps"] == sum(matrix["regrown"] for matrix in sub["matrices"].values()) > 0
     totals = record["totals"]
     assert (
         totals["pruned"] * 2

@@ -25,7 +25,7 @@ from barber_jax.criteria import CRITERIA
 from barber_jax.criteria.starting import CriterionStart
 from barber_jax.eval.demo import MODEL, fetch
 from barber_jax.models import build_model
-from barber_jax.run import stream
+from barber_jax.run import loop
 from barber_jax.stages import rebuild
 
 pytestmark = pytest.mark.slow
@@ -75,7 +75,7 @@ def test_every_block_agrees(granularity, folder, ids, reference, monkeypatch):
     checkpoint = open_checkpoint(str(folder))
     model = build_model(checkpoint.config, jnp.dtype("float32"))
     options = {"granularity": granularity, "alpha": ALPHA, "samples": SAMPLES, "batch": 4}
-    config = PruneConfig(str(folder), Path("unused"), **options)
+    config = PruneConfig(ckpt=str(folder), out=Path("unused"), **options)
     agreement = {}
 
     def compare(kind, index, ours, theirs):
@@ -97,9 +97,9 @@ def test_every_block_agrees(granularity, folder, ids, reference, monkeypatch):
 
     swap = rebuild.swap_masks
     monkeypatch.setattr(rebuild, "swap_masks", forced_swap)
-    with Progress(model.layers) as progress:
+    with Progress() as progress, progress.phase("pruning", model.layers) as phase:
         given = Forced(CRITERIA["wanda"], model, SAMPLES, config.sparsity_pattern, progress.say)
-        for _ in stream.Pruning(checkpoint, model, ids, given, config, progress):
+        for _ in loop.Pruning(checkpoint, model, ids, given, config, config.batch, phase):
             pass
     worst = min(agreement, key=agreement.get)
     print(granularity, "worst", worst, agreement[worst])

@@ -49,7 +49,7 @@ def model_of(folder):
 @pytest.mark.parametrize("family", list(COUNTS))
 def test_operations_of_a_block(family, tmp_path):
     write_model(tmp_path / "dense", family)
-    config = PruneConfig("dense", Path("out"), samples=2, length=8)
+    config = PruneConfig(ckpt="dense", out=Path("out"), samples=2, length=8)
     model = model_of(tmp_path / "dense")
     assert operations.of_block(model, config, last=False) == COUNTS[family]
     whole = operations.of_run(model, config)
@@ -61,9 +61,9 @@ def test_operations_of_a_block(family, tmp_path):
 def test_stages_that_are_not_run_count_nothing(tmp_path):
     write_model(tmp_path / "dense")
     model = model_of(tmp_path / "dense")
-    magnitude = PruneConfig("dense", Path("out"), samples=2, length=8, method="magnitude", rebuild=False)
+    magnitude = PruneConfig(ckpt="dense", out=Path("out"), samples=2, length=8, method="magnitude", rebuild=False)
     assert set(operations.of_block(model, magnitude, last=False).values()) == {0}
-    sparsegpt = PruneConfig("dense", Path("out"), samples=2, length=8, method="sparsegpt")
+    sparsegpt = PruneConfig(ckpt="dense", out=Path("out"), samples=2, length=8, method="sparsegpt")
     more = operations.of_block(model, sparsegpt, last=True)["start"] - COUNTS["llama"]["start"]
     grams = 2 * TOKENS * (32**2 * 3 + 48**2) + 3 * (2 * 32**3 // 3) + 2 * 48**3 // 3
     assert more == grams + 32**2 * (32 + 16 + 16 + 32 + 48 + 48) + 48**2 * 32
@@ -112,7 +112,7 @@ def test_steady_block(layers, median, last, tmp_path):
     """The compiling block and the last, which has less to do, are left out where others are left."""
     write_model(tmp_path / "dense")
     model = model_of(tmp_path / "dense")
-    config = PruneConfig("dense", Path("out"), samples=2, length=8)
+    config = PruneConfig(ckpt="dense", out=Path("out"), samples=2, length=8)
     middle = [4.0, 6.0, 5.0][: layers - 2]
     blocks = [{"seconds": {"start": total * 0.75, "mlp swap": total * 0.25}} for total in [99.0, *middle, 8.0]]
     figures = benchmark.steady_block(model, config, blocks, lambda spent, needed: {"seconds": spent, "needed": needed})

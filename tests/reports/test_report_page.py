@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from barber_jax.masks.mask_file import read_masks
 from barber_jax.models.decoder import SubBlock
 from barber_jax.reports.report_page import spread
-from barber_jax.reports.run_record import read_map, written_maps
-from barber_jax.stages import rebuild
+from barber_jax.stages import outliers
+from barber_jax.stages.outliers import format_maps, parse_map
 
 LLAMA = ORACLES / "llama"
 QUICK = ["--samples", 4, "--length", 32]
@@ -41,18 +41,18 @@ def test_outlier_maps_count_what_masks_prune(outputs, inputs, seed):
     scores = rng.random((outputs, inputs), np.float32)
     masks = rng.random((2, outputs, inputs)) < 0.5
     named = lambda array: {"mlp.up.kernel": jnp.asarray(array)}  # noqa: E731
-    got = np.asarray(rebuild.outlier_maps(sub, named(scores), named(masks[0]), named(masks[1]))["mlp.up.kernel"])
-    count = scores.size // rebuild.OUTLIERS
-    wanted = np.zeros((2, rebuild.BINS, rebuild.BINS), int)
+    got = np.asarray(outliers.outlier_maps(sub, named(scores), named(masks[0]), named(masks[1]))["mlp.up.kernel"])
+    count = scores.size // outliers.OUTLIERS
+    wanted = np.zeros((2, outliers.BINS, outliers.BINS), int)
     # Highest last; among equals the lower index is pruned first, and so is no outlier first.
     for flat in np.argsort(scores.ravel(), kind="stable")[scores.size - count :]:
         o, i = divmod(int(flat), inputs)
         for which in range(2):
             if not masks[which, o, i]:
-                wanted[which, o * rebuild.BINS // outputs, i * rebuild.BINS // inputs] += 1
+                wanted[which, o * outliers.BINS // outputs, i * outliers.BINS // inputs] += 1
     np.testing.assert_array_equal(got, wanted)
-    texts = written_maps(got)
-    np.testing.assert_array_equal([read_map(texts["before"]), read_map(texts["after"])], wanted)
+    texts = format_maps(got)
+    np.testing.assert_array_equal([parse_map(texts["before"]), parse_map(texts["after"])], wanted)
 
 
 def test_starting_masks_are_those_of_a_run_without_a_rebuild(run, tmp_path):

@@ -18,7 +18,7 @@ from cli import prune_masks
 from barber_jax import prune
 from barber_jax.console.errors import BarberError
 from barber_jax.convert.export import FolderWriter
-from barber_jax.run import stream
+from barber_jax.run import loop
 
 OPTIONS = ["--samples", "4", "--length", "16", "--alpha", "0.5"]
 METHODS = {
@@ -68,14 +68,14 @@ def figures(out: Path):
 
 def fail_after(monkeypatch, blocks):
     """Let the run be interrupted once so many blocks are committed."""
-    whole = stream.Pruning._result
+    whole = loop.Pruning._result
 
     def result(self, index, *rest):
         if index + 1 == blocks:
             raise KeyboardInterrupt
         return whole(self, index, *rest)
 
-    monkeypatch.setattr(stream.Pruning, "_result", result)
+    monkeypatch.setattr(loop.Pruning, "_result", result)
 
 
 @pytest.mark.parametrize("method", list(METHODS))
@@ -87,10 +87,10 @@ def test_resumed_is_identical(method, inputs, tmp_path, monkeypatch, capsys):
         with pytest.raises(KeyboardInterrupt):
             prune.run(line(inputs, tmp_path / "out", *options))
     said = capsys.readouterr().err
-    assert "3 of 5 blocks are kept" in said and "--resume goes on from there" in said
+    assert "3 of 5 blocks are kept" in said and "--resume continues from there" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.run", "whole"]
     prune.run(line(inputs, tmp_path / "out", *options, "--resume"))
-    assert "going on after 3 of 5 blocks" in capsys.readouterr().err
+    assert "resuming after 3 of 5 blocks" in capsys.readouterr().err
     assert figures(tmp_path / "out") == figures(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
@@ -145,7 +145,7 @@ def test_interrupted_by_the_user(inputs, tmp_path):
     if process.returncode == 0:
         pytest.skip("the run was faster than the signal")
     assert process.returncode == 130
-    assert said.splitlines()[-1] == "error: interrupted" and "--resume goes on from there" in said
+    assert said.splitlines()[-1] == "error: interrupted" and "--resume continues from there" in said
     assert "Traceback" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["out.run"]
 
@@ -168,7 +168,7 @@ def test_damaged_last_block_is_computed_again(inputs, unfinished, capsys):
     defaults = ["--sparsity", "0.5", "--pattern", "unstructured", "--method", "wanda"]  # said only now
     prune.run(line(inputs, unfinished, *defaults, "--resume"))
     said = capsys.readouterr().err
-    assert "block 2 is damaged" in said and "going on after 2 of 5 blocks" in said
+    assert "block 2 is damaged" in said and "resuming after 2 of 5 blocks" in said
     prune.run(line(inputs, unfinished.with_name("whole")))
     assert figures(unfinished) == figures(unfinished.with_name("whole"))
 
@@ -216,7 +216,7 @@ def test_another_checkpoint_or_calibration_is_refused(inputs, unfinished, tmp_pa
 
 
 def test_an_unfinished_run_is_not_lost_by_mistake(inputs, unfinished):
-    with pytest.raises(BarberError, match="--resume goes on with it"):
+    with pytest.raises(BarberError, match="--resume continues it"):
         prune.run(line(inputs, unfinished))
     with pytest.raises(BarberError, match="no unfinished run"):
         prune.run(line(inputs, unfinished.with_name("elsewhere"), "--resume"))

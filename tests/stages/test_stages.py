@@ -17,9 +17,11 @@ from barber_jax.convert.checkpoint import open_checkpoint
 from barber_jax.convert.parameters import read_parameters
 from barber_jax.masks.mask_file import read_masks
 from barber_jax.models import build_model
-from barber_jax.stages import layerwise, rebuild, reconstruct, targets
-from barber_jax.stages import sub_block as stages
-from barber_jax.stages.refine import refine
+from barber_jax.stages import gradients, layerwise, rebuild, targets, training
+from barber_jax.stages.exact_swaps import make_swaps
+from barber_jax.stages.loss import loss
+from barber_jax.stages.rebuild import ALPHAS
+from barber_jax.stages.refine import SHRINKAGES, refine_matrix
 
 FAMILIES = ("llama", "opt", "opt-post-norm")
 
@@ -65,9 +67,9 @@ def test_norm_weighting_divides_by_what_the_norm_divides_by(family, tmp_path):
         residual = np.asarray(hidden[0]) + dense
         spread = (residual**2).mean(-1) if family == "llama" else residual.var(-1)
         want = np.mean((y - dense) ** 2 / (spread[..., None] + 1e-6))
-        got = targets.loss(definition, sub, parameters, of(sub, masks), hidden, target, "norm")
+        got = loss(definition, sub, parameters, of(sub, masks), hidden, target, "norm")
         np.testing.assert_allclose(got, want, rtol=1e-4)
-        plain = targets.loss(definition, sub, parameters, of(sub, masks), hidden, target, "none")
+        plain = loss(definition, sub, parameters, of(sub, masks), hidden, target, "none")
         np.testing.assert_allclose(plain, np.mean((y - dense) ** 2), rtol=1e-4)
 
 
@@ -92,9 +94,9 @@ def test_norm_weighted_importance_is_the_gradient_of_that_loss(tmp_path):
 
             gradient = jax.grad(loss)({path: parameters[path] for path in sub.kernels})
             squares = {path: squares[path] + np.square(gradient[path]) for path in sub.kernels}
-        totals = rebuild.no_totals(definition, sub)
-        totals, _ = rebuild.accumulate(definition, sub, parameters, {}, own, hidden, totals, "norm")
-        got, _ = rebuild.importance(sub, totals, jnp.float32(4))
+        totals = gradients.zero_totals(definition, sub)
+        totals, _ = gradients.accumulate(definition, sub, parameters, {}, own, hidden, totals, "norm")
+        got, _ = gradients.importance(sub, totals, jnp.float32(4))
         for path in sub.kernels:
             np.testing.assert_allclose(got[path], np.sqrt(squares[path] / 4), rtol=2e-3, atol=1e-7)
 
@@ -118,12 +120,12 @@ def test_training_is_adam_with_a_rate_for_each_matrix(tmp_path):
     definition, sub = model.block(), model.sub_blocks[1]
     masks, steps = of(sub, random_masks(model, parameters)), 6
     target = targets.same(definition, sub, parameters, hidden)
-    plan = reconstruct.Plan(steps, 0.05, "none")
-    training = reconstruct.begin(sub, plan, {path: parameters[path] for path in sub.kernels}, masks)
-    chosen = reconstruct.schedule(4, steps, 2, seed=0)
+    plan = training.Plan(steps, 0.05, "none")
+    state = training.begin(sub, plan, {path: parameters[path] for path in sub.kernels}, masks)
+    chosen = training.schedule(4, steps, 2, seed=0)
     order = np.stack([np.zeros_like(chosen), chosen], -1).reshape(steps, 2, 1, 2).astype(np.int32)
-    arguments = (definition, sub, plan, parameters, masks, hidden, target, order, training)
-    values = reconstruct.train(*arguments).values
+    arguments = (definition, sub, plan, parameters, masks, hidden, target, order, state)
+    values = training.train(*arguments).values
 
     layer = reference.model.layers[0]
     linears = {path: getattr(layer.mlp, path.split(".")[1]) for path in sub.kernels}
@@ -153,11 +155,11 @@ def test_training_is_adam_with_a_rate_for_each_matrix(tmp_path):
 
 
 def test_every_sample_has_its_turn():
-    chosen = reconstruct.schedule(6, 9, 4, seed=3)
+    chosen = training.schedule(6, 9, 4, seed=3)
     assert chosen.shape == (9, 4)
     for turn in chosen.reshape(-1, 6):
         assert sorted(turn) == list(range(6))
-    np.testing.assert_array_equal(chosen, reconstruct.schedule(6, 9, 4, seed=3))
+    np.testing.assert_array_equal(chosen, training.schedule(6, 9, 4, seed=3))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -192,15 +194,15 @@ def test_a_mask_is_refined_with_the_shrinkage_that_is_best_on_other_samples():
     weights, kept = jnp.asarray(kernel, jnp.float32), jnp.asarray(mask)
     gram, other = (jnp.asarray(x.T @ x, jnp.float32) for x in (fitted, judging))
     assert layerwise.loss(weights, weights, kept, other) == pytest.approx(error(mask), rel=1e-4)
-    new, shrinkage = layerwise.refined(weights, weights, kept, gram, other, 20, of=0)
+    new, shrinkage = refine_matrix(weights, weights, kept, gram, other, 20, of=0)
     found = {}
-    for s in layerwise.SHRINKAGES:
-        found[s], *_ = refine(weights, weights, kept, gram + s * jnp.diag(jnp.diagonal(gram)), jnp.int32(20))
+    for s in SHRINKAGES:
+        found[s], *_ = make_swaps(weights, weights, kept, gram + s * jnp.diag(jnp.diagonal(gram)), jnp.int32(20))
     assert shrinkage == min(found, key=lambda s: error(np.asarray(found[s])))
     np.testing.assert_array_equal(new, found[shrinkage])
     assert error(np.asarray(new)) < error(mask)
     # Samples on which nothing is lost know nothing better.
-    assert layerwise.refined(weights, weights, kept, gram, jnp.zeros_like(other), 20, of=0) is None
+    assert refine_matrix(weights, weights, kept, gram, jnp.zeros_like(other), 20, of=0) is None
 
 
 @pytest.fixture(scope="module")
@@ -239,11 +241,11 @@ RUNS = {
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
 @pytest.mark.parametrize("name", list(RUNS))
-def test_what_is_held_apart_is_never_worse_and_zeros_are_exact(name, family, inputs, tmp_path):
+def test_what_is_held_out_is_never_worse_and_zeros_are_exact(name, family, inputs, tmp_path):
     record, tensors, masks = pruned(inputs, tmp_path / "out", *RUNS[name], family=family)
     dense = load_file(inputs / family / "model.safetensors")
     moved = {matrix: (tensors[matrix] != dense[matrix])[mask].any() for matrix, mask in masks.items()}
-    # Where training does no good on samples held apart, a sub-block stays as it was.
+    # Where training does no good on samples held out, a sub-block stays as it was.
     assert any(moved.values()) == (name not in ("auto", "refine"))
     for matrix, mask in masks.items():
         assert not tensors[matrix][~mask].any()
@@ -254,10 +256,10 @@ def test_what_is_held_apart_is_never_worse_and_zeros_are_exact(name, family, inp
     assert record["totals"]["sparsity"] == pytest.approx(0.5, abs=2e-3)
     subs = sub_blocks(record)
     for sub in subs:
-        assert sub["apart_after"] <= sub["apart_before"] * (1 + 1e-6)
+        assert sub["validation_loss_after"] <= sub["validation_loss_before"] * (1 + 1e-6)
         if name == "auto":
-            assert len(sub["alpha"]) == 1 and sub["alpha"][0] in stages.ALPHAS
-    assert any(sub["apart_after"] < sub["apart_before"] for sub in subs)
+            assert len(sub["alpha"]) == 1 and sub["alpha"][0] in ALPHAS
+    assert any(sub["validation_loss_after"] < sub["validation_loss_before"] for sub in subs)
     if name in ("reconstruct", "same", "all"):
         assert sum(sub["loss_after"] for sub in subs) < 0.9 * sum(sub["loss_before"] for sub in subs)
     rest = {n for n in dense if n not in masks and not np.array_equal(dense[n], tensors[n])}
@@ -282,19 +284,19 @@ def test_alpha_auto_takes_the_alpha_of_the_lowest_loss(inputs, tmp_path):
     definition, sub = model.block(), model.sub_blocks[0]
     fitted, judging = hidden[:, :14], hidden[:, 14:]
     start = {path: jnp.asarray(_by_magnitude(parameters[path].T)) for path in sub.kernels}
-    totals = rebuild.no_totals(definition, sub)
-    totals, _ = rebuild.accumulate(definition, sub, parameters, {}, start, fitted, totals, "norm")
-    importance, _ = rebuild.importance(sub, totals, jnp.float32(14))
+    totals = gradients.zero_totals(definition, sub)
+    totals, _ = gradients.accumulate(definition, sub, parameters, {}, start, fitted, totals, "norm")
+    importance, _ = gradients.importance(sub, totals, jnp.float32(14))
     scores = rebuild.scores(sub, parameters, importance, "wd")
     target = targets.same(definition, sub, parameters, judging)
     losses = {}
-    for alpha in stages.ALPHAS:
-        pattern = PruneConfig("x", "y").sparsity_pattern
+    for alpha in ALPHAS:
+        pattern = PruneConfig(ckpt="x", out="y").sparsity_pattern
         masks = rebuild.swap_masks(sub, scores, start, jnp.float32(alpha), granularity="block", pattern=pattern)
-        losses[alpha] = float(targets.loss(definition, sub, parameters, masks, judging, target, "norm"))
+        losses[alpha] = float(loss(definition, sub, parameters, masks, judging, target, "norm"))
     assert first["alpha"] == [min(losses, key=losses.get)]
-    assert first["apart_after"] == pytest.approx(min(losses.values()), rel=1e-4)
-    assert first["apart_before"] == pytest.approx(losses[0.0], rel=1e-4)
+    assert first["validation_loss_after"] == pytest.approx(min(losses.values()), rel=1e-4)
+    assert first["validation_loss_before"] == pytest.approx(losses[0.0], rel=1e-4)
 
 
 def _by_magnitude(weight):
@@ -354,6 +356,6 @@ def test_a_dense_sub_block_stays_as_it_is(inputs, tmp_path):
     """Nothing pruned, nothing lost: every choice is to leave it, also where it aims at the dense stream."""
     record, tensors, _ = pruned(inputs, tmp_path / "out", "--sparsity", "0", *RECONSTRUCT, "--alpha", "auto")
     dense = load_file(inputs / "llama" / "model.safetensors")
-    assert all(sub["steps"] == [0] and sub["alpha"] == [0.0] for sub in sub_blocks(record))
+    assert all(sub["best_steps"] == [0] and sub["alpha"] == [0.0] for sub in sub_blocks(record))
     for name, tensor in dense.items():
         np.testing.assert_array_equal(tensors[name], tensor)

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from barber_jax.stages import refine as module
-from barber_jax.stages.refine import refine
+from barber_jax.stages import exact_swaps as module
+from barber_jax.stages.exact_swaps import make_swaps
 
 # Few shapes (outputs, inputs, of), so that each compiles once; one output and inputs that no shortlist divides.
 SHAPES = st.sampled_from([(4, 12, 0), (1, 7, 0), (3, 12, 4), (2, 12, 3), (1, 8, 8)])
@@ -55,7 +55,7 @@ def best_swap(kernel, dense, mask, gram, output, of=0):
 
 def run(kernel, dense, mask, gram, swaps=MANY, **options):
     arrays = (jnp.asarray(array) for array in (kernel, dense, mask, gram))
-    new, before, after = refine(*arrays, jnp.int32(swaps), **options)
+    new, before, after = make_swaps(*arrays, jnp.int32(swaps), **options)
     return np.asarray(new), float(before), float(after)
 
 
@@ -224,7 +224,7 @@ def test_what_is_measured_to_be_worse_is_not_taken(monkeypatch):
     old_losses = losses(dense, dense, mask, gram)
     for swaps in (1, 30):
         # Not jitted: the program must not be kept.
-        new, before, after = module.refine.__wrapped__(*map(jnp.asarray, (dense, dense, mask, gram)), swaps)
+        new, before, after = module.make_swaps.__wrapped__(*map(jnp.asarray, (dense, dense, mask, gram)), swaps)
         new_losses = losses(dense, dense, np.asarray(new), gram)
         assert (new_losses <= old_losses).all()
         np.testing.assert_allclose([before, after], [old_losses.sum(), new_losses.sum()], rtol=1e-4)
@@ -233,8 +233,9 @@ def test_what_is_measured_to_be_worse_is_not_taken(monkeypatch):
 # Integers, so that sums do not depend on how they are split.
 PROGRAM = textwrap.dedent("""
     import jax, jax.numpy as jnp, numpy as np
-    from barber_jax.devices.mesh import DATA, MODEL, Devices
-    from barber_jax.stages.refine import refine
+    from barber_jax.models.sharding import DATA, MODEL
+    from barber_jax.devices.mesh import Devices
+    from barber_jax.stages.exact_swaps import make_swaps
 
     rng = np.random.default_rng(0)
     x = rng.integers(-2, 3, (96, 48)).astype(np.float32)
@@ -243,11 +244,11 @@ PROGRAM = textwrap.dedent("""
     devices = Devices.of((2, 4))
     for of in (0, 4):
         swaps, options = jnp.int32(100), dict(of=of)
-        want = jax.device_get(refine(*map(jnp.asarray, (kernel, dense, mask, gram)), swaps, **options))
+        want = jax.device_get(make_swaps(*map(jnp.asarray, (kernel, dense, mask, gram)), swaps, **options))
         for axes in ((None, MODEL), (MODEL, None)):
             with devices.context():
                 put = [devices.put(kernel, *axes), devices.put(dense, *axes), devices.put(mask, *axes[::-1])]
-                got = devices.fetch(refine(*put, devices.put(gram), swaps, **options))
+                got = devices.fetch(make_swaps(*put, devices.put(gram), swaps, **options))
             np.testing.assert_array_equal(got[0], want[0])
             assert got[1:] == want[1:] and want[2] < want[1]
 """)

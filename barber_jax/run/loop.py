@@ -1,8 +1,8 @@
-"""The one loop: for each block, load -> starting mask -> rebuild -> commit -> propagate -> drop.
+"""The pruning loop: for each decoder block, read -> starting mask -> stages -> commit -> propagate -> drop.
 
-Two streams of activations go through the model in one pass: stream A is the model under the
-starting masks alone and gives each block its starting mask; stream B is the model as rebuilt so far and rebuilds it.
-The result is that of pruning the whole model first and rebuilding it afterwards, with each block read once.
+Two activation streams go through the model in one pass. Stream A is that of the model under its starting masks alone,
+and gives each block its starting mask; stream B is that of the model as rebuilt so far, and is what a block is rebuilt
+on. The result is that of pruning the whole model first and rebuilding it afterwards, with each block read once.
 """
 
 import math
@@ -13,31 +13,32 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
-from barber_jax.config import PruneConfig
 from barber_jax.console.errors import BarberError
-from barber_jax.console.progress import Progress, Stopwatch
+from barber_jax.console.progress import Phase, Stopwatch
 from barber_jax.convert.checkpoint import Checkpoint
 from barber_jax.convert.parameters import read_parameters, to_hf
 from barber_jax.criteria.starting import BlockMasks, Start
-from barber_jax.devices.mesh import DATA, Devices
+from barber_jax.devices.mesh import Devices
 from barber_jax.forward import passes
 from barber_jax.forward.passes import Parameters
 from barber_jax.forward.streams import Stream, Streams
 from barber_jax.models.family import Model
-from barber_jax.reports.run_record import written_maps
+from barber_jax.models.sharding import DATA
 from barber_jax.run.history import Commit, History
-from barber_jax.stages.sub_block import Stages, samples_apart
+from barber_jax.stages import SharedOptions, SubBlockStages, held_out_samples
+from barber_jax.stages.outliers import format_maps
+from barber_jax.stages.table import enabled_stages, needs_dense_stream
 
 
 @dataclass
 class BlockResult:
-    """What came of one block.
+    """A pruned block.
 
     Attributes:
         masks: Hugging Face weight name -> bool [out, in], True = kept.
-        weights: Hugging Face name -> tensor in its dtype, for every pruned weight ([out, in]) its own, a criterion's
-            update or a trained one, and for whatever else was trained.
-        start_masks: the same as `masks`, of the start.
+        weights: Hugging Face name -> tensor in its dtype: for every pruned weight ([out, in]) the dense one, a
+            criterion's update or the trained one, and every other parameter that was trained.
+        start_masks: Hugging Face weight name -> bool [out, in], the starting mask.
         record: the block's entry in run.json.
     """
 
@@ -53,12 +54,16 @@ class Pruning:
 
     Args:
         checkpoint, model: what to prune; tensors already checked.
-        ids: int32 [S, L] calibration tokens; None when neither `start` nor a rebuild looks at any.
+        ids: int32 [S, L] calibration tokens; None where neither `start` nor a stage looks at any.
         start: gives the starting masks.
-        config: the options.
-        progress: told of every stage.
+        options: of the stages.
+        batch: samples in a micro-batch.
+        phase: told of every stage of every block.
         devices: what to compute on.
-        history: blocks finished earlier, which are only propagated again, and where new ones are committed.
+        history: blocks finished by an earlier process, through which the streams are only propagated, and where new
+            blocks are committed.
+        offload: keep activations in host memory, but for a micro-batch.
+        keep_start: whether the starting masks are wanted in the results.
 
     Raises:
         BarberError: a tensor is damaged.
@@ -68,17 +73,21 @@ class Pruning:
     model: Model
     ids: np.ndarray | None
     start: Start
-    config: PruneConfig
-    progress: Progress
+    options: SharedOptions
+    batch: int
+    phase: Phase
     devices: Devices = field(default_factory=Devices)
     history: History = field(default_factory=History)
+    offload: bool = False
+    keep_start: bool = False
 
     def __post_init__(self):
         self._block = self.model.block()
         self._shapes = dict(self._block.shapes)
-        self._apart = samples_apart(self.config, self.devices.shape[0])
-        learned = self.config.samples - self._apart
-        self._stages = Stages(self._block, self.config, learned, self.devices.shape[0])
+        self._runs_stages = bool(enabled_stages(self.options))
+        samples, data_parallel = 0 if self.ids is None else len(self.ids), self.devices.shape[0]
+        self._held_out = held_out_samples(self.options, samples, data_parallel)
+        self._stages = SubBlockStages(self._block, self.options, samples - self._held_out, data_parallel)
         self._names = [self.model.kernel_names(index) for index in range(self.model.layers)]
 
     def __iter__(self) -> Iterator[BlockResult]:
@@ -86,7 +95,7 @@ class Pruning:
         with ThreadPoolExecutor(1) as reader:
             ahead = reader.submit(self._read, 0)
             for index in range(self.model.layers):
-                watch = Stopwatch(self.progress, index)
+                watch = Stopwatch(self.phase, index)
                 with watch.stage("read"):
                     tensors = ahead.result()
                     if index + 1 < self.model.layers:
@@ -101,35 +110,34 @@ class Pruning:
 
     def _streams(self) -> Streams:
         """The streams that the run needs, at the embeddings' output."""
-        config = self.config
-        if not (self.start.needs_stream or config.changes):
+        if not (self.start.needs_stream or self._runs_stages):
             return Streams()
         read = read_parameters(self.checkpoint, self.model.names.embed)
         parameters = {path: self.devices.put(value) for path, value in read.items()}
-        ids = passes.micro_batches(self.ids, config.batch, self.devices.shape[0], self._apart)
+        ids = passes.micro_batches(self.ids, self.batch, self.devices.shape[0], self._held_out)
+        held_out = self._held_out // ids.shape[1]
         # Offloaded micro-batches are embedded one by one: all at once would have to fit on the device.
-        apart = self._apart // ids.shape[1]
-        places = range(1, len(ids)) if config.offload_activations else [len(ids) - apart] if apart else []
+        places = range(1, len(ids)) if self.offload else [len(ids) - held_out] if held_out else []
         chunks = np.split(ids, places)
 
         def stream() -> Stream:
             embedded = (
                 passes.embed(self.model.embed(), parameters, self.devices.put(chunk, None, DATA)) for chunk in chunks
             )
-            return Stream(embedded, config.offload_activations)
+            return Stream(embedded, self.offload)
 
         return Streams(
             stream() if self.start.needs_stream else None,
-            stream() if config.changes else None,
-            stream() if config.follows_dense else None,
-            apart if config.offload_activations else min(apart, 1),
+            stream() if self._runs_stages else None,
+            stream() if needs_dense_stream(self.options) else None,
+            held_out if self.offload else min(held_out, 1),
         )
 
     def _read(self, index: int) -> dict[str, np.ndarray]:
         return read_parameters(self.checkpoint, self.model.names.of_block(index))
 
     def _prune(self, index: int, dense: Parameters, streams: Streams, watch: Stopwatch) -> Commit:
-        """What came of the block, committed; the streams are after it then."""
+        """Prune a block and commit it; takes the streams through it."""
         with watch.stage("start"):
             start_masks, start_weights = jax.block_until_ready(self.start(index, dense, streams.start))
         self._propagate(index, {**dense, **start_weights}, start_masks, streams, watch)
@@ -147,17 +155,17 @@ class Pruning:
                     raise BarberError(f"{where}; the activations overflow, check the checkpoint's weights up to there")
                 records.append(work.record)
         with watch.stage("commit"):
-            asked = self.start.needs_stream or self.config.save_start
-            seen = (start_masks, start_weights) if asked and self.config.changes else ({}, {})
+            wanted = self._runs_stages and (self.start.needs_stream or self.keep_start)
+            seen = (start_masks, start_weights) if wanted else ({}, {})
             commit = Commit(*self.devices.fetch((masks, weights, *seen)), record={})
             commit.record = self._record(index, commit.masks, records, watch)
             self.history.commit(index, commit)
-        # What is kept cannot hold how long keeping it took.
+        # The record on disk cannot contain how long committing it took.
         commit.record["seconds"] = dict(watch.seconds)
         return commit
 
     def _replay(self, index: int, dense: Parameters, commit: Commit, streams: Streams, watch: Stopwatch) -> None:
-        """Take the streams through a block that was finished earlier."""
+        """Take the streams through a block that an earlier process finished."""
         sub_blocks = self.model.sub_blocks
         masks = self.devices.masks(sub_blocks, commit.masks)
         weights = {**dense, **self.devices.block(sub_blocks, commit.weights)}
@@ -171,7 +179,7 @@ class Pruning:
         for sub in sub_blocks:
             if streams.dense is not None:
                 with watch.stage(f"{sub.name} target"):
-                    self._stages.follow(sub, dense, streams)
+                    self._stages.advance_dense(sub, dense, streams)
             with watch.stage(f"{sub.name} propagate"):
                 self._stages.advance(sub, weights, masks, None, streams)
 
@@ -182,12 +190,12 @@ class Pruning:
         if streams.start is None:
             return
         if index + 1 == self.model.layers:
-            # After the last block nobody looks at it any more.
+            # Nothing reads it after the last block.
             streams.start = None
             return
         with watch.stage("propagate"):
             chunks = (passes.propagate(self._block, weights, masks, chunk) for chunk in streams.start.take())
-            streams.start = Stream(chunks, self.config.offload_activations).ready()
+            streams.start = Stream(chunks, self.offload).ready()
 
     def _record(self, index: int, masks: dict[str, np.ndarray], rebuilt: list[dict], watch: Stopwatch) -> dict:
         """The block's entry in run.json."""
@@ -198,8 +206,8 @@ class Pruning:
             swaps, outliers = entry.pop("swaps", None), entry.pop("outliers", None)
             matrices = {
                 names[path]: {"size": masks[path].size, "pruned": int(masks[path].size - np.count_nonzero(masks[path]))}
-                | ({"revived": swaps[path]} if swaps else {})
-                | ({"outliers_pruned": written_maps(outliers[path])} if outliers else {})
+                | ({"regrown": swaps[path]} if swaps else {})
+                | ({"outliers_pruned": format_maps(outliers[path])} if outliers else {})
                 for path in sub.kernels
             }
             size = sum(matrix["size"] for matrix in matrices.values())

@@ -1,0 +1,39 @@
+"""Options that several commands share: how a group of them fills in its defaults and refuses bad values.
+
+A group is a frozen dataclass that lies beside the code it is for, such as `RebuildOptions` beside the rebuild. A
+command's configuration inherits from its groups; `settle` of each is called once all values are set.
+"""
+
+from typing import Any
+
+from barber_jax.console.errors import BarberError
+
+
+def flag(option: str) -> str:
+    """`reconstruct_rate` -> `--reconstruct-rate`."""
+    return f"--{option.replace('_', '-')}"
+
+
+class OptionGroup:
+    """A group of options. Subclasses are frozen dataclasses with `kw_only=True`."""
+
+    def settle(self) -> None:
+        """Fill in defaults that depend on other options, and raise `BarberError` for a value that cannot be used."""
+
+    def _set(self, option: str, value: Any) -> None:
+        """Set an option of a frozen dataclass; for `settle` alone."""
+        object.__setattr__(self, option, value)
+
+    def _require_least(self, least: int, *options: str) -> None:
+        """Raise BarberError where an option is given and below `least`."""
+        for option in options:
+            value = getattr(self, option)
+            if value is not None and value < least:
+                raise BarberError(f"{flag(option)} {value} must be at least {least}")
+
+    def _require_most(self, most: int, *options: str) -> None:
+        """Raise BarberError where an option is above `most`."""
+        for option in options:
+            value = getattr(self, option)
+            if value > most:
+                raise BarberError(f"{flag(option)} {value} is above {most}")

@@ -1,0 +1,75 @@
+"""Sparsity patterns: where a mask may have zeros, and how many."""
+
+import math
+import re
+from dataclasses import dataclass
+
+from barber_jax.console.errors import BarberError
+from barber_jax.console.options import OptionGroup
+
+
+@dataclass(frozen=True)
+class SparsityPattern:
+    """Where zeros may lie: anywhere (`unstructured`), or `keep` kept in each group of `of` consecutive inputs.
+
+    Attributes:
+        sparsity: fraction of weights pruned, in [0, 1).
+        keep, of: N and M of an N:M pattern; 0 for unstructured.
+    """
+
+    sparsity: float
+    keep: int = 0
+    of: int = 0
+
+    @classmethod
+    def parse(cls, pattern: str, sparsity: float | None) -> "SparsityPattern":
+        """From the command line's `--pattern` and `--sparsity` (None: not given).
+
+        Raises:
+            BarberError: an unknown pattern, N > M, a sparsity outside [0, 1) or in conflict with N:M.
+        """
+        if sparsity is not None and not 0 <= sparsity < 1:  # NaN fails this too
+            raise BarberError(f"--sparsity {sparsity:g} is outside [0, 1)")
+        if pattern == "unstructured":
+            return cls(0.5 if sparsity is None else sparsity)
+        found = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", pattern)
+        if not found:
+            raise BarberError(f"--pattern {pattern!r} is neither 'unstructured' nor N:M such as 2:4")
+        keep, of = int(found[1]), int(found[2])
+        if not 1 <= keep <= of:
+            raise BarberError(f"--pattern {pattern}: keeping N of every M inputs needs 1 <= N <= M")
+        implied = 1 - keep / of
+        if sparsity is not None and not math.isclose(sparsity, implied, abs_tol=1e-6):
+            raise BarberError(f"--sparsity {sparsity:g} conflicts with --pattern {pattern}, which means {implied:g}")
+        return cls(implied, keep, of)
+
+    @property
+    def structured(self) -> bool:
+        """Whether it is N:M."""
+        return self.of > 0
+
+    def __str__(self) -> str:
+        return f"{self.keep}:{self.of}" if self.structured else "unstructured"
+
+    def check_inputs(self, inputs: int, name: str) -> None:
+        """Raise BarberError unless the groups of M fit a linear with that many inputs."""
+        if self.structured and inputs % self.of:
+            raise BarberError(f"--pattern {self}: {self.of} does not divide the {inputs} inputs of {name}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatternOptions(OptionGroup):
+    """How much is pruned, and where."""
+
+    sparsity: float | None = None
+    """Fraction of weights to prune, in [0, 1). Default 0.5, or what N:M implies."""
+    pattern: str | None = None
+    """unstructured, or N:M to keep N of every M consecutive inputs. Default: that of --masks, else unstructured."""
+
+    def settle(self) -> None:
+        _ = self.sparsity_pattern
+
+    @property
+    def sparsity_pattern(self) -> SparsityPattern:
+        """The pattern that --pattern and --sparsity give together."""
+        return SparsityPattern.parse("unstructured" if self.pattern is None else self.pattern, self.sparsity)

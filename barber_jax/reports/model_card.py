@@ -1,0 +1,120 @@
+"""README.md of a result: a model card in the Hub's form, with the source's own card kept below it."""
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from barber_jax.console.files import writing
+from barber_jax.convert.export import MASKS
+
+CARD = "README.md"
+INHERITED = ("license", "license_name", "license_link", "language")
+"""Entries of the source's front matter that hold for the pruned model as well."""
+FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*\r?\n", re.DOTALL | re.MULTILINE)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def write_model_card(folder: Path, name: str, record: Mapping[str, Any], command: Sequence[str]) -> None:
+    """Write README.md into the folder of a result. A README.md that lies there is the source's; its text is kept.
+
+    Args:
+        folder: of the result, unfinished.
+        name: final name of the folder.
+        record: the content of run.json.
+        command: options of barber_jax.prune that give this result.
+
+    Raises:
+        BarberError: the file cannot be written.
+    """
+    path = folder / CARD
+    source = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    with writing(path):
+        path.write_text(model_card(name, record, command, source), encoding="utf-8")
+
+
+def model_card(name: str, record: Mapping[str, Any], command: Sequence[str], source: str = "") -> str:
+    """The text of the card; `source` is the dense model's own card."""
+    entries, below = split_card(source)
+    base = str(record["options"]["ckpt"])
+    is_id = HUB_ID.fullmatch(base) is not None and not Path(base).exists()
+    front: dict[str, Any] = {key: entries[key] for key in INHERITED if key in entries}
+    front |= {"base_model": base} if is_id else {}
+    front |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": _tags(record)}
+    shown = base if is_id else Path(base).name
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
+        f"# {name}",
+        f"`{shown}` with {record['totals']['sparsity']:.1%} of the weights of its decoder blocks pruned "
+        f"({record['options']['pattern']}) by [barber_jax](https://arxiv.org/abs/2408.10631) "
+        f"{record['versions']['barber_jax']}. {_recipe(record['options'])}",
+        _figures(record),
+        "```sh\npython -m barber_jax.prune " + shlex.join(command) + "\n```",
+        "## Use\n\n"
+        "```python\n"
+        "from transformers import AutoModelForCausalLM\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{name}")  # pruned weights are zero\n'
+        "```\n\n"
+        f"`{MASKS}` says which weights are kept, by `numpy.packbits` of a bool [out, in] array for each weight:\n\n"
+        "```python\n"
+        "from barber_jax.masks import read_masks\n\n"
+        f'masks = read_masks("{name}/{MASKS}")\n'
+        "kept = masks.read(masks.names()[0])  # bool [out, in]\n"
+        "```\n\n"
+        "In PyTorch, `barber_jax.convert.torch_masks.apply_masks(model, masks)` keeps them through fine-tuning. "
+        "`run.json` and `report.html` tell the whole run.",
+    ]
+    if below.strip():
+        parts.append(f"---\n\nThe card of `{shown}`, the dense model:\n\n{below.strip()}")
+    return "\n\n".join(parts) + "\n"
+
+
+def split_card(text: str) -> tuple[dict[str, Any], str]:
+    """A card's front matter and its text; front matter that is no YAML mapping is left out of both."""
+    found = FRONT_MATTER.match(text)
+    if not found:
+        return {}, text
+    try:
+        entries = yaml.safe_load(found[1])
+    except yaml.YAMLError:
+        entries = None
+    return entries if isinstance(entries, dict) else {}, text[found.end() :]
+
+
+def _tags(record: Mapping[str, Any]) -> list[str]:
+    options = record["options"]
+    pattern = options["pattern"]
+    return [
+        "sparse",
+        "pruned",
+        "llm-barber",
+        "barber_jax",
+        *([options["method"]] if options["method"] else []),
+        pattern,
+    ]
+
+
+def _recipe(options: Mapping[str, Any]) -> str:
+    start = options["method"] or (options["masks"] and "a given mask file") or "a given pruned checkpoint"
+    steps = [f"Starting mask: {start}"]
+    if options["rebuild"]:
+        steps.append(f"rebuilt within {options['granularity']} with alpha {options['alpha']}")
+    if options["refine"]:
+        steps.append(f"refined by up to {options['refine']} swaps an output")
+    if options["reconstruct"]:
+        steps.append(f"surviving weights trained for {options['reconstruct']} steps a sub-block")
+    return ", ".join(steps) + f"; {options['samples']} calibration samples of {options['length']} tokens."
+
+
+def _figures(record: Mapping[str, Any]) -> str:
+    rows = [("sparsity of the decoder blocks", "0", f"{record['totals']['sparsity']:.4f}")]
+    if "perplexity" in record:
+        dense = record.get("dense_perplexity", {}).get("perplexity")
+        measured = record["perplexity"]
+        text = f"perplexity, {Path(measured['source']).name}, {measured['windows']} windows of {measured['length']}"
+        rows.append((text, f"{dense:.2f}" if dense else "", f"{measured['perplexity']:.2f}"))
+    lines = ["| | dense | pruned |", "|---|--:|--:|", *(f"| {name} | {a} | {b} |" for name, a, b in rows)]
+    return "\n".join(lines)
