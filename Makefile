@@ -21,7 +21,7 @@ lint: .venv/.installed-test
 	$(BIN)/ruff format --check .
 
 package: .venv/.installed-test
-	$(BIN)/python -m pytest -m package
+	$(BIN)/python -m pytest -m slow tests/end_to_end/test_packaging.py
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try make PYTHON=python3.12")'

@@ -1,11 +1,32 @@
-"""LLM-Barber (arXiv 2408.10631) in JAX/Flax: rebuild the sparsity mask of a pruned language model, block by block."""
+"""LLM-Barber (arXiv 2408.10631) in JAX/Flax: rebuild the sparsity mask of a pruned language model, block by block.
 
+The public Python API (docs/python.md) is the names below and `barber_jax.prune.prune`. They are imported when first
+used, so that `import barber_jax` alone imports neither JAX nor PyTorch.
+"""
+
+import importlib as _importlib
 from pathlib import Path as _Path
+from typing import Any as _Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+
+_PUBLIC = {
+    "BarberError": "barber_jax.console",
+    "PruneConfig": "barber_jax.config",
+    "build_model": "barber_jax.models",
+    "open_checkpoint": "barber_jax.convert.checkpoint",
+    "read_masks": "barber_jax.masks",
+}
+__all__ = [*_PUBLIC, "__version__"]
 
 # In a checkout `convert/` and `eval/` stand beside this folder, and only an installation puts them inside it. Where
-# they are not inside, submodules are looked for in the checkout's root too, so that a clone works as it stands.
+# they are not inside, submodules are searched for in the checkout's root too, so that a clone works as it stands.
 _root = _Path(__file__).resolve().parent.parent
 if not (_root / "barber_jax" / "convert").exists() and (_root / "convert" / "safetensors_writer.py").exists():
     __path__.append(str(_root))
+
+
+def __getattr__(name: str) -> _Any:
+    if name in _PUBLIC:
+        return getattr(_importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,5 +1,4 @@
-"""Options of a pruning run: the groups that lie beside the code they are for, put together and checked against each
-other."""
+"""Options of a pruning run: combines the groups of options, checks them against each other and applies presets."""
 
 import dataclasses
 import sys
@@ -33,17 +32,17 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "mask": {"rebuild": False, "token_weighting": "norm", "refine": 30},
     "best": {"rebuild": False, "token_weighting": "norm", "refine": 10, "reconstruct": 200},
 }
-"""Preset -> the defaults that it changes."""
-NOT_REPEATED = ("overwrite", "resume", "verbose", "compilation_cache", "coordinator", "processes", "process")
-"""Options of one machine or one attempt, not of the result."""
+"""Preset -> defaults that it changes."""
+NOT_REPRODUCED = ("overwrite", "resume", "verbose", "compilation_cache", "coordinator", "processes", "process")
+"""Options that concern one machine or one attempt; left out of the command line that reproduces a result."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PresetOptions(OptionGroup):
-    """A recipe: defaults for the options below, any of which wins over it."""
+    """A preset: defaults for the options below. An option that is given overrides the preset."""
 
     preset: Literal[*PRESETS] = "paper"
-    """A recipe: paper = LLM-Barber as published, mask = the best mask, best = mask and trained weights."""
+    """Defaults: paper = LLM-Barber as published, mask = the best mask, best = the best mask and trained weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +54,14 @@ class CheckpointOptions(OptionGroup):
 
     def settle(self) -> None:
         if not self.ckpt:
-            # As a path it would mean the current folder.
-            raise BarberError("--ckpt is empty; name what to read")
+            # Path("") is the current folder.
+            raise BarberError("--ckpt is empty; give a checkpoint")
 
 
-# A dataclass has the fields of its last base first.
+# A dataclass lists the fields of its last base first.
 @dataclass(frozen=True, kw_only=True)
 class InputOptions(CalibrationOptions, CheckpointOptions):
-    """What is read."""
+    """Checkpoint and calibration data."""
 
     def settle(self) -> None:
         CheckpointOptions.settle(self)
@@ -71,7 +70,7 @@ class InputOptions(CalibrationOptions, CheckpointOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class SparsityOptions(AllocationOptions, PatternOptions):
-    """How much is pruned, and where."""
+    """Sparsity, its pattern and its allocation to blocks."""
 
     def settle(self) -> None:
         PatternOptions.settle(self)
@@ -80,7 +79,7 @@ class SparsityOptions(AllocationOptions, PatternOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class BeyondOptions(SharedOptions, ReconstructOptions, RefineOptions):
-    """Stages that the paper does not have: better masks, trained weights."""
+    """Stages beyond the paper: mask refinement and weight reconstruction."""
 
     def settle(self) -> None:
         for group in (RefineOptions, ReconstructOptions, SharedOptions):
@@ -89,20 +88,24 @@ class BeyondOptions(SharedOptions, ReconstructOptions, RefineOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class FileOptions(OptionGroup):
-    """What is written."""
+    """Output files."""
 
     out: Path
-    """Folder to write: checkpoint, masks.safetensors, run.json, report.html, README.md."""
+    """Output folder, for the checkpoint, masks.safetensors, run.json, report.html and README.md."""
     format: Format = "hf"
     """hf = safetensors, orbax = Flax parameter tree and masks, or both."""
     save_start: bool = False
-    """Also write start_masks.safetensors, the masks before any stage; a study compares swaps by it."""
+    """Also write start_masks.safetensors, the masks before the first stage, from which a study counts swaps."""
     overwrite: bool = False
-    """Replace --out, or an unfinished run for it."""
+    """Replace an existing --out, or the unfinished run for it."""
     resume: bool = False
     """Continue the unfinished run for this --out."""
     verbose: Annotated[bool, tyro.conf.arg(aliases=["-v"])] = False
-    """A line for every sub-block."""
+    """Print a line for every sub-block."""
+
+    def settle(self) -> None:
+        if self.out is not None:
+            self._set("out", Path(self.out))
 
 
 @dataclass(frozen=True, kw_only=True, init=False)
@@ -120,10 +123,10 @@ class PruneConfig(
     """Prune a Hugging Face checkpoint and rebuild its mask (LLM-Barber, arXiv 2408.10631).
 
     Args:
-        options: by name, as on the command line with `_` for `-`. What is left out has the preset's default.
+        options: by name, as on the command line with `_` for `-`. An option left out gets the preset's default.
 
     Raises:
-        BarberError: an option is missing, unknown, or has a value that cannot be used.
+        BarberError: an option is missing or unknown, or has an invalid value.
     """
 
     GROUPS: ClassVar[Mapping[str, type[OptionGroup]]] = {
@@ -137,7 +140,7 @@ class PruneConfig(
         "evaluation": EvaluationOptions,
         "files": FileOptions,
     }
-    """Heading of `--help` -> its options."""
+    """Heading in `--help` -> group of options."""
 
     def __init__(self, **options: Any):
         fields = dataclasses.fields(self)
@@ -158,18 +161,18 @@ class PruneConfig(
 
     @classmethod
     def parse(cls, program: str, arguments: list[str] | None = None) -> "PruneConfig":
-        """From the command line (None: sys.argv) of `python -m program`.
+        """Parse the command line of `python -m program`; `arguments` default to sys.argv.
 
         Raises:
-            BarberError: an option is missing, unknown, or has a value that cannot be used.
+            BarberError: an option is missing or unknown, or has an invalid value.
             SystemExit: after --help.
         """
         arguments = sys.argv[1:] if arguments is None else arguments
-        # The preset decides the defaults that everything else is parsed, and shown by --help, with.
+        # The preset is needed first: it determines the defaults for parsing and for --help.
         return cls(**parse_groups(cls, cls.GROUPS, program, arguments, PRESETS.get(_preset(arguments), {})))
 
     def settle(self) -> None:
-        """Settle every group, then what depends on several of them."""
+        """Settle every group, then options that depend on several groups."""
         for group in self.GROUPS.values():
             group.settle(self)
         self._settle_start()
@@ -188,11 +191,11 @@ class PruneConfig(
             raise BarberError("--retain-reconstruction needs updated weights: --method sparsegpt or --sparse-ckpt")
 
     def _settle_rebuild(self) -> None:
-        """Granularity and alpha follow the criterion, as published; given masks have wanda's."""
+        """Set granularity and alpha to the criterion's published defaults, or to wanda's if masks are given."""
         published = CRITERIA[self.method or "wanda"]
         structured = self.sparsity_pattern.structured
         if self.granularity is None:
-            # N:M groups lie within an output, so another published default does not apply there.
+            # N:M groups are within an output, so no other granularity is possible.
             self._set("granularity", "output1" if structured else published.granularity)
         if self.alpha is None:
             self._set("alpha", published.alpha)
@@ -210,25 +213,26 @@ class PruneConfig(
             raise BarberError(f"--allocate owl conflicts with --pattern {pattern}, which fixes every block's sparsity")
 
     def _refuse_unused(self) -> None:
+        """Raise `BarberError` for an option that was given but that no enabled stage uses."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for option, needs in unused_options(self).items():
             value = getattr(self, option)
-            # A fixed alpha is there even where none was asked for: the published one.
-            asked = value == "auto" if option == "alpha" else value != defaults[option]
-            if asked:
+            # A number for alpha may be the published default, which is filled in even if not given.
+            given = value == "auto" if option == "alpha" else value != defaults[option]
+            if given:
                 raise BarberError(f"{flag(option)} {value} needs {needs}")
 
     def as_dict(self) -> dict[str, Any]:
-        """Every option by name, with the pattern and the sparsity that they give together."""
+        """All options by name, with the pattern and the sparsity that take effect."""
         pattern = self.sparsity_pattern
         return {**dataclasses.asdict(self), "pattern": str(pattern), "sparsity": pattern.sparsity}
 
     def command_line(self) -> list[str]:
-        """The command-line options that give this configuration again, without those of a single machine or run."""
+        """Command-line options that reproduce this configuration, without those that concern one machine or attempt."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)} | PRESETS[self.preset]
         line = []
         for option, value in dataclasses.asdict(self).items():
-            if option in NOT_REPEATED or value == defaults[option]:
+            if option in NOT_REPRODUCED or value == defaults[option]:
                 continue
             if isinstance(value, bool):
                 line.append(flag(option) if value else flag(f"no_{option}"))
@@ -238,22 +242,22 @@ class PruneConfig(
 
     @property
     def runs_stages(self) -> bool:
-        """Whether anything is done after the starting masks."""
+        """Whether any stage runs after the starting masks."""
         return bool(enabled_stages(self))
 
     @property
     def validates(self) -> bool:
-        """Whether something is chosen by its loss on held-out samples."""
+        """Whether a stage uses the loss on held-out samples to make a choice."""
         return validates(self)
 
     @property
     def needs_dense_stream(self) -> bool:
-        """Whether the dense model's activations are needed beside the pruned model's."""
+        """Whether a stage needs the activations of the dense model besides the pruned model's."""
         return needs_dense_stream(self)
 
 
 def _preset(arguments: list[str]) -> str | None:
-    """The value of the last --preset."""
+    """Value of the last --preset on the command line, or None."""
     found = None
     for word, following in zip(arguments, [*arguments[1:], None], strict=True):
         if word == "--preset":

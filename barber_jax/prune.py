@@ -1,10 +1,11 @@
-"""python -m barber_jax.prune: prune a checkpoint and rebuild its mask."""
+"""Command `python -m barber_jax.prune`: prune a checkpoint, rebuild its mask and write the result."""
 
 import contextlib
 import dataclasses
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -13,7 +14,7 @@ from barber_jax.console import interrupt
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.progress import Progress
 from barber_jax.convert.checkpoint import Checkpoint, open_checkpoint
-from barber_jax.convert.export import RUN, FolderWriter, beside, check_destination
+from barber_jax.convert.export import RUN, FolderWriter, check_destination, sibling_path
 from barber_jax.convert.formats import apply_format
 from barber_jax.convert.hf_folder import HFFolder
 from barber_jax.convert.parameters import check_tensors
@@ -24,7 +25,7 @@ from barber_jax.data.windows import cut_windows, evaluation_ids
 from barber_jax.devices.hosts import join
 from barber_jax.devices.mesh import Devices, is_primary, require_agreement
 from barber_jax.devices.options import parse_mesh
-from barber_jax.devices.settings import set_compilation_cache, set_precision
+from barber_jax.devices.settings import set_compilation_cache
 from barber_jax.forward import passes
 from barber_jax.forward.perplexity import perplexity
 from barber_jax.masks.mask_file import read_masks
@@ -40,25 +41,26 @@ from barber_jax.run.resume import open_state, run_identity
 
 
 def prune(config: PruneConfig) -> dict:
-    """Prune a checkpoint and write the result.
+    """Prune a checkpoint and write the result to `config.out`.
 
     Returns:
-        the content of run.json.
+        The content of run.json.
 
     Raises:
-        BarberError: a mistake of the user's; nothing is left under --out then.
+        BarberError: an error that the user can fix; nothing is left under --out.
     """
-    began = time.perf_counter()
-    reads = [config.ckpt, config.calibration, config.eval_text, config.masks, config.sparse_ckpt]
+    start_time = time.perf_counter()
+    inputs = [config.ckpt, config.calibration, config.eval_text, config.masks, config.sparse_ckpt]
     if is_primary():
-        check_destination(config.out, config.overwrite, [Path(given) for given in reads if given])
+        check_destination(config.out, config.overwrite, [Path(given) for given in inputs if given])
     checkpoint = open_checkpoint(config.ckpt)
     sparse = open_checkpoint(config.sparse_ckpt) if config.sparse_ckpt else None
     model = build_model(checkpoint.config, jnp.dtype(config.compute_dtype))
     devices = Devices.of(parse_mesh(config.mesh))
-    with contextlib.ExitStack() as stack:
+    # GPUs and TPUs round the inputs of a float32 product to fewer bits by default.
+    with contextlib.ExitStack() as stack, jax.default_matmul_precision("highest"):
         progress = stack.enter_context(Progress(config.verbose, silent=not is_primary()))
-        check(config, checkpoint, model, devices)
+        check_inputs(config, checkpoint, model, devices)
         start, config, sparsity = open_start(config, checkpoint, sparse, model, devices, progress)
         config = dataclasses.replace(config, batch=config.batch or passes.default_batch(config.length))
         owl = config.allocate == "owl"
@@ -72,10 +74,10 @@ def prune(config: PruneConfig) -> dict:
             writer = FolderWriter(config.out, checkpoint, names, pattern, sparsity, config.save_start)
             stack.enter_context(writer)
             switches = {"resume": config.resume, "overwrite": config.overwrite}
-            run_folder = beside(config.out, ".run")
+            run_folder = sibling_path(config.out, ".run")
             state = stack.enter_context(open_state(run_folder, identity, model.layers, progress.say, **switches))
         progress.say(headline(config.as_dict(), checkpoint, model, devices))
-        dense = measure(config, checkpoint, model, windows, progress, "dense model") if writer else None
+        dense = measure_perplexity(config, checkpoint, model, windows, progress, "dense model") if writer else None
         with devices.context():
             if owl:
                 settings = {"batch": config.batch, "offload": config.offload_activations}
@@ -87,15 +89,16 @@ def prune(config: PruneConfig) -> dict:
                 blocks = write_blocks(Pruning(*arguments, **settings), writer, phase)
         pruned = None
         if writer:
-            pruned = measure(config, HFFolder(writer.folder), model, windows, progress, "pruned model")
-        options, seconds = config.as_dict() | {"sparsity": sparsity}, time.perf_counter() - began
+            result = HFFolder(writer.folder)
+            pruned = measure_perplexity(config, result, model, windows, progress, "pruned model")
+        options, seconds = config.as_dict() | {"sparsity": sparsity}, time.perf_counter() - start_time
         measured = {"dense_perplexity": dense, "perplexity": pruned}
         allocated = start.sparsities if owl else None
         record = run_record(options, model, devices.used, blocks, seconds, **measured, allocation=allocated)
         if writer:
             writer.write_json(RUN, record)
             write_model_card(writer.folder, config.out.name, record, config.command_line())
-            make_report(writer.folder, config.out, progress)
+            try_report(writer.folder, config.out, progress)
             apply_format(writer.folder, config.format)
             interrupt.check()
             writer.publish()
@@ -104,8 +107,8 @@ def prune(config: PruneConfig) -> dict:
     return record
 
 
-def check(config: PruneConfig, checkpoint: Checkpoint, model: Model, devices: Devices) -> None:
-    """Raise BarberError for what can be known to fail before any work is done."""
+def check_inputs(config: PruneConfig, checkpoint: Checkpoint, model: Model, devices: Devices) -> None:
+    """Raise `BarberError`, before the long computation, if the options do not fit the checkpoint or the devices."""
     check_tensors(checkpoint, model)
     if config.length > model.positions:
         raise BarberError(f"--length {config.length} is more than the model's {model.positions} positions")
@@ -114,7 +117,9 @@ def check(config: PruneConfig, checkpoint: Checkpoint, model: Model, devices: De
     devices.check(model.block(), config.samples)
     data = devices.shape[0]
     if config.validates and config.samples < 2 * data:
-        raise BarberError(f"--samples {config.samples}: samples are held out; --mesh data={data} needs {2 * data}")
+        raise BarberError(
+            f"--samples {config.samples}: with held-out samples --mesh data={data} needs at least {2 * data}"
+        )
     if config.reconstruct and config.reconstruct_batch % data:
         raise BarberError(
             f"--mesh data={data}: {data} does not divide the {config.reconstruct_batch} samples of --reconstruct-batch"
@@ -129,13 +134,17 @@ def open_start(
     devices: Devices,
     progress: Progress,
 ) -> tuple[Start, PruneConfig, float]:
-    """What gives the starting masks, the options with the pattern that these have, and the sparsity asked for."""
+    """Open the source of the starting masks: a criterion, a mask file or a pruned checkpoint.
+
+    Returns:
+        The source, the options with the pattern of the mask file filled in, and the overall sparsity.
+    """
     masks = read_masks(config.masks.expanduser()) if config.masks else None
     if masks and config.pattern is None:
         config = dataclasses.replace(config, pattern=masks.pattern)
     if sparse:
-        given = SparseCheckpointStart(sparse, checkpoint, model, config.sparsity_pattern, devices, masks)
-        return given, config, masks.sparsity if masks else given.sparsity()
+        start = SparseCheckpointStart(sparse, checkpoint, model, config.sparsity_pattern, devices, masks)
+        return start, config, masks.sparsity if masks else start.sparsity()
     if masks:
         return MaskFileStart(masks, checkpoint, model, config.sparsity_pattern, devices), config, masks.sparsity
     pattern = config.sparsity_pattern
@@ -144,7 +153,7 @@ def open_start(
 
 
 def calibration_ids(config: PruneConfig, checkpoint: Checkpoint, model: Model) -> np.ndarray:
-    """Calibration token ids, int32 [samples, length]."""
+    """Load the calibration token ids, int32 [samples, length]."""
     return load_calibration(
         config.calibration,
         checkpoint.tokenizer,
@@ -157,9 +166,9 @@ def calibration_ids(config: PruneConfig, checkpoint: Checkpoint, model: Model) -
 
 
 def evaluation_windows(config: PruneConfig, checkpoint: Checkpoint, model: Model) -> np.ndarray | None:
-    """Windows of the text to evaluate on, int32 [windows, length], or None.
+    """Read the evaluation text as windows of token ids, int32 [windows, length]; None if none is given.
 
-    Read before the hours of work, so that a text that cannot be read costs nothing.
+    This happens before pruning, so that a text that cannot be read is reported at once.
     """
     if not (config.eval_text or config.eval_dataset):
         return None
@@ -169,7 +178,7 @@ def evaluation_windows(config: PruneConfig, checkpoint: Checkpoint, model: Model
     return cut_windows(ids, config.length, config.eval_windows, name, model.vocabulary)
 
 
-def measure(
+def measure_perplexity(
     config: PruneConfig,
     checkpoint: Checkpoint,
     model: Model,
@@ -177,7 +186,15 @@ def measure(
     progress: Progress,
     name: str,
 ) -> dict | None:
-    """Perplexity of a checkpoint on the windows, with the text's name; None where there are no windows."""
+    """Measure the perplexity of a checkpoint.
+
+    Args:
+        windows: int32 [windows, length]; None to measure nothing.
+        name: of the checkpoint, for the progress line.
+
+    Returns:
+        `source`, the name of the evaluation text, and what `perplexity` returns; None without windows.
+    """
     if windows is None:
         return None
     with progress.phase(f"perplexity of the {name}", model.layers, announce=True) as phase:
@@ -186,7 +203,12 @@ def measure(
 
 
 def write_blocks(pruning: Pruning, writer: FolderWriter | None, phase) -> list[dict]:
-    """Prune block after block and write each as it comes; returns their entries in run.json."""
+    """Prune the blocks one after the other and write each when it is done; return their entries in run.json.
+
+    Args:
+        writer: writes the result; None on processes other than the primary one.
+        phase: shows the progress.
+    """
     blocks, written = [], set()
     for result in pruning:
         if writer:
@@ -200,28 +222,35 @@ def write_blocks(pruning: Pruning, writer: FolderWriter | None, phase) -> list[d
                     writer.write_start_mask(name, mask)
             written |= result.weights.keys()
         blocks.append(result.record)
-        phase.finished(result.record)
+        phase.block_pruned(result.record)
         interrupt.check()
     if writer:
         writer.finish(written)
     return blocks
 
 
-def make_report(folder: Path, out: Path, progress: Progress) -> None:
-    """Write report.html; a plot that cannot be drawn must not cost the run."""
+def try_report(folder: Path, out: Path, progress: Progress) -> None:
+    """Write report.html. If a plot cannot be drawn, only print a line, so that the run's result is not lost.
+
+    Args:
+        folder: output folder.
+        out: its final name.
+
+    Raises:
+        BarberError: the report cannot be written to disk.
+    """
     try:
         write_report(folder, out.name)
     except BarberError:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        progress.say(f"no report.html ({reason}); python -m barber_jax.report {out} tries again")
+        progress.say(f"report.html could not be written ({reason}); to retry, run python -m barber_jax.report {out}")
 
 
 def run(arguments: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command with command-line arguments (default sys.argv)."""
     config = PruneConfig.parse("barber_jax.prune", arguments)
-    set_precision()
     set_compilation_cache(config.compilation_cache)
     join(config.coordinator, config.processes, config.process)
     prune(config)

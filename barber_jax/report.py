@@ -1,4 +1,4 @@
-"""python -m barber_jax.report: make report.html of a pruned checkpoint anew."""
+"""Command `python -m barber_jax.report`: regenerate report.html of a pruned checkpoint."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +13,14 @@ from barber_jax.reports.report_page import write_report
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Make report.html of a pruned checkpoint's folder anew, from its run.json and masks.safetensors."""
+    """Regenerate report.html in the folder of a pruned checkpoint, from its run.json and masks.safetensors."""
 
     folder: Annotated[Path, tyro.conf.Positional]
     """Folder that barber_jax.prune wrote."""
 
 
 def run(arguments: list[str] | None = None) -> None:
-    """The command line: writes report.html into the folder."""
+    """Run the command with command-line arguments (default sys.argv) and print the path of report.html."""
     config = parse(ReportConfig, "barber_jax.report", arguments)
     print(write_report(config.folder.expanduser()))
 

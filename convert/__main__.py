@@ -1,4 +1,4 @@
-"""python -m barber_jax.convert: a checkpoint in another format, nothing pruned."""
+"""python -m barber_jax.convert: convert a checkpoint to another format, without pruning it."""
 
 import shutil
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from barber_jax.models import build_model
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """Write a checkpoint in another format. Masks that lie beside it go along."""
+    """Convert a checkpoint to another format. A mask file in its folder is copied along."""
 
     ckpt: str
     """Checkpoint to convert: a folder (safetensors, PyTorch .bin or Orbax), a Hub id, or a .gguf file."""
@@ -34,37 +34,37 @@ class ConvertConfig:
 
     def __post_init__(self):
         if not self.ckpt:
-            # As a path it would mean the current folder.
-            raise BarberError("--ckpt is empty; name what to read")
+            # An empty path would mean the current folder.
+            raise BarberError("--ckpt is empty; name the checkpoint to read")
 
 
 def convert(config: ConvertConfig) -> None:
-    """Convert a checkpoint.
+    """Convert a checkpoint; every tensor keeps its values and dtype.
 
-    Every tensor keeps its bits and dtype; run.json is the source's, with a note of the conversion.
+    run.json is copied from the source, with a note of the conversion added.
 
     Raises:
-        BarberError: a mistake of the user's; nothing is left under --out then.
+        BarberError: the source cannot be read or --out cannot be written; nothing is left under --out then.
     """
     check_destination(config.out, config.overwrite, [Path(config.ckpt)])
     checkpoint = open_checkpoint(config.ckpt)
     check_tensors(checkpoint, build_model(checkpoint.config, jnp.dtype("float32")))
     with FolderWriter(config.out, checkpoint) as writer:
         writer.finish(set())
-        record = _carry(checkpoint, writer.folder)
+        record = _copy_masks_and_load_record(checkpoint, writer.folder)
         apply_format(writer.folder, config.format)
         note = {"ckpt": config.ckpt, "format": config.format, "barber_jax": __version__}
         writer.write_json(RUN, {**record, "converted": note})
         writer.publish()
 
 
-def _carry(checkpoint: Checkpoint, folder: Path) -> dict:
-    """Copy the masks that lie beside a checkpoint; returns the content of its run.json, if it has one."""
+def _copy_masks_and_load_record(checkpoint: Checkpoint, folder: Path) -> dict:
+    """Copy the mask file of a checkpoint's folder, if it has one, and return the content of its run.json, or {}."""
     if not isinstance(checkpoint, ModelFolder):
         return {}
     masks, record = checkpoint.folder / MASKS, checkpoint.folder / RUN
     if masks.exists():
-        # A damaged file is refused, not copied.
+        # Opened first, so that a damaged file is rejected and not copied.
         path = read_masks(masks).path
         with writing(folder / MASKS):
             shutil.copyfile(path, folder / MASKS)
@@ -72,7 +72,7 @@ def _carry(checkpoint: Checkpoint, folder: Path) -> dict:
 
 
 def run(arguments: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line (None: sys.argv)."""
     convert(parse(ConvertConfig, "barber_jax.convert", arguments))
 
 

@@ -1,4 +1,4 @@
-"""Masks of a mask file put on a Hugging Face model in PyTorch and checked, from the shell. JAX is not imported."""
+"""python -m barber_jax.convert.apply_masks: apply a mask file to a model in PyTorch. JAX is not imported."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ApplyConfig:
-    """Apply a mask file to a Hugging Face model in PyTorch, check it, and print every matrix's sparsity.
+    """Apply a mask file to a Hugging Face model in PyTorch, check it, and print the sparsity of every matrix.
 
-    Exit status: 0 when all pruned weights are zero, 1 when --check-only finds some that are not, 2 for a mistake.
+    Exit status: 0 when all pruned weights are zero, 1 when --check-only finds some that are not, 2 for an error.
     """
 
     model: str
@@ -31,25 +31,25 @@ class ApplyConfig:
 
 
 def apply(config: ApplyConfig) -> None:
-    """Do what `config` says.
+    """Check a model against the masks; unless --check-only is set, apply them and save the model to --out, if given.
 
     Raises:
-        BarberError: for the user's mistakes, PyTorch not installed among them.
-        SystemExit: with 1, where --check-only finds weights that the masks prune and that are not zero.
+        BarberError: the options, the mask file or the model cannot be used, or PyTorch is not installed.
+        SystemExit: status 1, where --check-only finds pruned weights that are not zero.
     """
     out = config.out
     if config.check_only and out:
         raise BarberError("--check-only saves nothing; leave out --out or --check-only")
     if out and out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise BarberError(f"--out {out} exists and is not an empty folder; name another")
+        raise BarberError(f"--out {out} exists and is not an empty folder; give another folder")
     masks = read_masks(config.masks)
     with needs("torch"):
         from barber_jax.convert import torch_masks
     model = _load_model(config.model)
     report = torch_masks.check_masks(model, masks)
     if not report.ok and not config.check_only:
-        where = "" if out else " (in memory alone: --out DIR saves the model)"
-        print(f"{report.total.violations} weights that the masks prune were not zero; now they are{where}")
+        where = "" if out else " (in memory only: --out DIR saves the model)"
+        print(f"{report.total.violations} pruned weights were not zero and have been set to zero{where}")
         torch_masks.apply_masks(model, masks, "in_place")
         report = torch_masks.check_masks(model, masks)
     print(report.table())
@@ -64,7 +64,7 @@ def _load_model(spec: str) -> "transformers.PreTrainedModel":
 
     try:
         return transformers.AutoModelForCausalLM.from_pretrained(spec, dtype="auto")
-    except Exception as error:  # transformers raises whatever its file readers raise
+    except Exception as error:  # transformers passes on exceptions of its file readers, of many types
         raise BarberError(f"--model {spec}: cannot load it: {str(error) or type(error).__name__}") from error
 
 
@@ -73,16 +73,16 @@ def _save(spec: str, model: "transformers.PreTrainedModel", out: Path) -> None:
 
     try:
         model.save_pretrained(out)
-    except Exception as error:  # the disk's errors arrive in safetensors' own type, not as OSError
+    except Exception as error:  # safetensors raises its own type, not OSError, for disk errors
         raise BarberError(f"--out {out}: cannot save the model: {error}") from error
     try:
         transformers.AutoTokenizer.from_pretrained(spec).save_pretrained(out)
     except (OSError, ValueError):
-        print(f"{spec} has no tokenizer that transformers can load; {out} holds the model alone")
+        print(f"{spec} has no tokenizer that transformers can load; only the model was saved to {out}")
 
 
 def run(arguments: list[str] | None = None) -> None:
-    """The command line (None: sys.argv)."""
+    """Run the command line (None: sys.argv)."""
     apply(parse(ApplyConfig, "barber_jax.convert.apply_masks", arguments))
 
 

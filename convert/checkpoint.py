@@ -1,6 +1,7 @@
-"""The lazy view of a checkpoint that every reader gives: configuration at once, tensors one by one when asked for.
+"""The interface of every checkpoint reader: the configuration is read at once, each tensor when it is needed.
 
-Names, shapes and configuration are Hugging Face's whatever the file format, so nothing downstream knows formats.
+Tensor names, shapes and configuration are Hugging Face's for every file format, so users of a checkpoint need not know
+the format.
 """
 
 import abc
@@ -12,15 +13,15 @@ import numpy as np
 
 from barber_jax.console.errors import BarberError, DamagedInput
 
-LARGEST_FILE = 5 * 10**9
-"""Bytes of tensors in one safetensors file, where the source says nothing of files."""
+MAX_FILE_BYTES = 5 * 10**9
+"""Maximum bytes of tensors in one exported safetensors file, where the source has no shard layout of its own."""
 
 
 class Checkpoint(abc.ABC):
     """A checkpoint opened for reading.
 
     Attributes:
-        location: what the user called it, for messages.
+        location: path or Hub id as the user gave it, for messages.
         config: the content of Hugging Face's config.json.
         files: Hugging Face tensor name -> name of the safetensors file that holds it in an exported folder.
     """
@@ -31,7 +32,7 @@ class Checkpoint(abc.ABC):
 
     @abc.abstractmethod
     def names(self) -> list[str]:
-        """Every tensor's Hugging Face name."""
+        """Hugging Face names of all tensors."""
 
     @abc.abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
@@ -39,25 +40,25 @@ class Checkpoint(abc.ABC):
 
     @abc.abstractmethod
     def dtype(self, name: str) -> np.dtype:
-        """NumPy (ml_dtypes) dtype of a tensor, without reading it."""
+        """NumPy dtype of a tensor (bfloat16 from ml_dtypes), without reading it."""
 
     @abc.abstractmethod
     def fetch(self, name: str) -> np.ndarray:
-        """Read one tensor from disk. Raises BarberError naming the file if it is damaged."""
+        """Read one tensor from disk. Raises BarberError, which names the file, if the file is damaged."""
 
     @abc.abstractmethod
     def sources(self) -> list[Path]:
-        """Every file that decides what the checkpoint holds, in a fixed order; the tokenizer's are not among them."""
+        """Files that hold the configuration and the tensors, in a fixed order; tokenizer files are not listed."""
 
     @abc.abstractmethod
     def tokenizer(self):
-        """The model's `transformers` tokenizer. Raises BarberError when there is none."""
+        """Load the model's `transformers` tokenizer. Raises BarberError if there is none."""
 
     @abc.abstractmethod
     def save_tokenizer(self, folder: Path) -> None:
-        """Put the tokenizer's files and the small configuration files that go with the model into `folder`.
+        """Write the tokenizer's files, and small files such as generation_config.json, to `folder`.
 
-        config.json is not among them. A checkpoint without a tokenizer writes nothing.
+        config.json is not written. Files that the checkpoint does not have are skipped.
         """
 
     def size(self, name: str) -> int:
@@ -65,7 +66,7 @@ class Checkpoint(abc.ABC):
         return math.prod(self.shape(name))
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, refused if it holds NaN or Inf."""
+        """Read one tensor. Raises DamagedInput if it contains NaN or Inf."""
         value = self.fetch(name)
         if not np.isfinite(value).all():
             raise DamagedInput(f"{self.location}: tensor {name} holds NaN or Inf: damaged; fetch the checkpoint again")
@@ -75,10 +76,10 @@ class Checkpoint(abc.ABC):
 def open_checkpoint(spec: str) -> Checkpoint:
     """Open a local folder (safetensors, PyTorch .bin or Orbax), a .gguf file, or a Hub id.
 
-    Of several formats in one folder, safetensors is read, then .bin.
+    In a folder with several formats, safetensors takes precedence, then .bin.
 
     Raises:
-        BarberError: nothing of the kind exists there, or it is damaged.
+        BarberError: `spec` is none of these, or it is damaged.
     """
     path = Path(os.path.expanduser(spec))
     if path.suffix == ".gguf" or (path.is_file() and _starts_with(path, b"GGUF")):
@@ -100,30 +101,36 @@ def _open_folder(folder: Path, location: str | None = None) -> Checkpoint:
     from barber_jax.convert.torch_bin import TorchBinFolder
 
     for kind in (HFFolder, TorchBinFolder):
-        if kind.found(folder):
+        if kind.has_weights(folder):
             return kind(folder, location)
     if (folder / ORBAX).is_dir():
         from barber_jax.convert.orbax_folder import OrbaxCheckpoint
 
         return OrbaxCheckpoint(folder, location)
-    # Says what is missing.
+    # Raises an error that names the missing file.
     return HFFolder(folder, location)
 
 
-def split_files(sizes: dict[str, int], largest: int = LARGEST_FILE) -> dict[str, str]:
-    """Which safetensors file each tensor goes to, in order, each file at most `largest` bytes of tensors.
+def split_files(sizes: dict[str, int], largest: int = MAX_FILE_BYTES) -> dict[str, str]:
+    """Assign tensors, in order, to safetensors files of at most `largest` bytes of tensors each.
 
-    A single tensor larger than that gets a file of its own.
+    A tensor larger than that gets a file of its own.
+
+    Args:
+        sizes: tensor name -> bytes.
+
+    Returns:
+        Tensor name -> file name.
     """
-    numbers, number, filled = {}, 1, 0
+    shards, shard, filled = {}, 1, 0
     for name, size in sizes.items():
         if filled and filled + size > largest:
-            number, filled = number + 1, 0
-        numbers[name] = number
+            shard, filled = shard + 1, 0
+        shards[name] = shard
         filled += size
-    if number == 1:
+    if shard == 1:
         return dict.fromkeys(sizes, "model.safetensors")
-    return {name: f"model-{each:05d}-of-{number:05d}.safetensors" for name, each in numbers.items()}
+    return {name: f"model-{index:05d}-of-{shard:05d}.safetensors" for name, index in shards.items()}
 
 
 def _starts_with(path: Path, magic: bytes) -> bool:

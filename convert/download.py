@@ -1,4 +1,4 @@
-"""The files of a Hub repository that pruning needs."""
+"""Downloads the checkpoint files that pruning needs from the Hugging Face Hub."""
 
 from fnmatch import fnmatch
 from pathlib import Path
@@ -12,10 +12,10 @@ TORCH = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.js
 
 
 def download(repository: str) -> Path:
-    """Fetch the files of a Hub repository that pruning needs; returns the local folder.
+    """Download the configuration, weights and tokenizer of a Hub repository; returns the local folder.
 
     Raises:
-        BarberError: it is neither a path nor a repository that can be reached.
+        BarberError: `repository` looks like a path and does not exist, or cannot be downloaded.
     """
     missing = f"{repository}: no such file or folder"
     if repository.count("/") > 1 or repository.startswith((".", "/", "~")):
@@ -23,19 +23,19 @@ def download(repository: str) -> Path:
     try:
         return _snapshot(repository)
     except Exception as error:
-        # The hub client raises many types (offline, gated, not found); all end the run the same way.
+        # The Hub client raises many types (offline, gated, not found); the message is the same for all of them.
         cause = str(error).strip().split("\n")[0]
         raise BarberError(f"{missing}, and it could not be fetched as a Hub id ({cause})") from None
 
 
-def patterns(files: list[str]) -> list[str]:
-    """Glob patterns of what to fetch from a repository of these files: one format's weights, not every format's."""
+def download_patterns(files: list[str]) -> list[str]:
+    """Glob patterns of what to download from a repository that contains `files`: weights in one format only."""
     safe = any(fnmatch(file, pattern) for file in files for pattern in SAFETENSORS)
     return ["config.json", *COMPANIONS, *(SAFETENSORS if safe else TORCH)]
 
 
 def _snapshot(repository: str) -> Path:
-    """A repository's files from the Hub or, if that cannot be reached, from the cache."""
+    """Download a repository's files or, if the Hub cannot be reached, find them in the local cache."""
     from huggingface_hub import list_repo_files, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -46,4 +46,4 @@ def _snapshot(repository: str) -> Path:
             return Path(snapshot_download(repository, local_files_only=True))
         except LocalEntryNotFoundError:
             raise unreachable from None
-    return Path(snapshot_download(repository, allow_patterns=patterns(list_repo_files(repository))))
+    return Path(snapshot_download(repository, allow_patterns=download_patterns(list_repo_files(repository))))

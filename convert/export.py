@@ -1,4 +1,7 @@
-"""Writing a pruned checkpoint: Hugging Face folder and mask file, tensor by tensor, under a temporary name at first."""
+"""Writes a pruned checkpoint, a Hugging Face folder with a mask file, tensor by tensor.
+
+The folder has a temporary name until it is complete.
+"""
 
 import contextlib
 import json
@@ -23,15 +26,15 @@ RUN = "run.json"
 
 
 def check_destination(out: Path, overwrite: bool, inputs: Iterable[Path]) -> None:
-    """Refuse, before any work, a folder that must not be written.
+    """Check that an output folder may be written, before any work is done.
 
     Args:
         out: the folder to create.
-        overwrite: whether a folder there may be replaced.
+        overwrite: whether an existing folder may be replaced.
         inputs: files and folders that the run reads.
 
     Raises:
-        BarberError: it exists and may not be replaced, or lies in, is, or holds an input.
+        BarberError: `out` exists and may not be replaced, or it is, contains or is inside an input.
     """
     out = _absolute(out)
     for given in inputs:
@@ -39,9 +42,9 @@ def check_destination(out: Path, overwrite: bool, inputs: Iterable[Path]) -> Non
         if not path.exists():
             continue
         if out == path or path in out.parents:
-            raise BarberError(f"--out {out} is or lies inside {given}, which the run reads; choose another folder")
+            raise BarberError(f"--out {out} is or is inside {given}, which the run reads; choose another folder")
         if out in path.parents:
-            raise BarberError(f"--out {out} holds {given}, which the run reads; choose another folder")
+            raise BarberError(f"--out {out} contains {given}, which the run reads; choose another folder")
     if not out.exists():
         return
     if not out.is_dir():
@@ -49,34 +52,36 @@ def check_destination(out: Path, overwrite: bool, inputs: Iterable[Path]) -> Non
     if not overwrite:
         raise BarberError(f"--out {out} exists; give --overwrite to replace it or choose another folder")
     if any(out.iterdir()) and not (out / RUN).exists():
-        raise BarberError(f"--out {out} is no result of an earlier run, so --overwrite spares it; choose another")
+        raise BarberError(
+            f"--out {out} is not the result of an earlier run, which --overwrite could replace; choose another folder"
+        )
 
 
 def _absolute(path: Path) -> Path:
-    """The path with `~` and symbolic links followed; one that leads nowhere stays as it is."""
+    """The absolute path with `~` expanded and symbolic links resolved; it need not exist."""
     return Path(os.path.realpath(os.path.expanduser(path)))
 
 
-def beside(out: Path, suffix: str) -> Path:
-    """A name next to a folder's final one, for what is not finished."""
+def sibling_path(out: Path, suffix: str) -> Path:
+    """Path of an unfinished folder next to `out`: the same name with a suffix such as ".partial"."""
     out = _absolute(out)
     return out.with_name(out.name + suffix)
 
 
 class FolderWriter:
-    """A checkpoint folder in the making; a context manager that removes what is unfinished.
+    """Writes a checkpoint folder; a context manager that removes the folder if it is not published.
 
-    Tensors keep the source's dtype and shard layout. The folder has its final name only after `publish`.
+    Tensors keep the source's dtype and shard layout. The folder gets its final name in `publish`.
 
     Args:
-        out: the folder's final name.
-        source: where names, dtypes, layout, configuration and tokenizer come from.
-        pruned: names of the weights that get a mask; without any there is no mask file.
+        out: final path of the folder.
+        source: the checkpoint that supplies names, dtypes, shard layout, configuration and tokenizer.
+        pruned: names of the weights that get a mask; if empty, no mask file is written.
         pattern, sparsity: for the mask file's header.
-        save_start: whether there is a second mask file, of the starting masks.
+        save_start: whether to write a second mask file, with the starting masks.
 
     Raises:
-        BarberError: nothing can be written there.
+        BarberError: the folder cannot be written.
     """
 
     def __init__(
@@ -89,19 +94,19 @@ class FolderWriter:
         save_start: bool = False,
     ):
         self.out = _absolute(out)
-        self.folder = beside(self.out, ".partial")
+        self.folder = sibling_path(self.out, ".partial")
         self._source = source
         for name in (MASKS, START_MASKS):
             if name in source.files.values():
                 raise BarberError(f"{source.location}: its shard {name} has the name of a mask file; rename the shard")
         with writing(self.folder):
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            # Left by a run that was killed: nobody else writes that name.
+            # Only a killed run leaves a folder of this name behind.
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir()
         self._open = contextlib.ExitStack()
         try:
-            # First what is small: a tokenizer that cannot be written is known before the work, not after it.
+            # The tokenizer is written first: if it cannot be, the run fails before the work and not after it.
             self.write_json("config.json", source.config)
             self._save_tokenizer()
             self._files = {
@@ -123,12 +128,12 @@ class FolderWriter:
         except BarberError:
             raise
         except Exception as error:
-            # What the tokenizers library raises has no type of its own, not even for a full disk.
+            # The tokenizers library raises plain Exception, even for a full disk.
             raise BarberError(f"cannot write the tokenizer into {self.folder}: {error}; make room there") from error
 
     def _shard(self, file: str) -> SafetensorsWriter:
-        held = [name for name, place in self._source.files.items() if place == file]
-        tensors = {name: (self._source.dtype(name), self._source.shape(name)) for name in held}
+        names = [name for name, shard in self._source.files.items() if shard == file]
+        tensors = {name: (self._source.dtype(name), self._source.shape(name)) for name in names}
         return SafetensorsWriter(self.folder / file, tensors, {"format": "pt"})
 
     def _mask_file(self, file: str, pruned: Sequence[str], pattern: str, sparsity: float) -> SafetensorsWriter:
@@ -137,11 +142,11 @@ class FolderWriter:
         return SafetensorsWriter(self.folder / file, tensors, mask_metadata(pattern, sparsity, shapes))
 
     def write(self, name: str, tensor: np.ndarray) -> None:
-        """Write one tensor [out, in] in the source's dtype."""
+        """Write one tensor, of the source's dtype and shape."""
         self._files[self._source.files[name]].write(name, tensor)
 
     def write_pruned(self, name: str, weight: np.ndarray, mask: np.ndarray) -> None:
-        """Write a weight with its pruned places zeroed, and its mask (bool [out, in], True = kept)."""
+        """Write a weight [out, in] with its pruned entries set to zero, and its mask (bool [out, in], True = kept)."""
         self.write(name, np.where(mask, weight, np.zeros((), weight.dtype)))
         self._masks[MASKS].write(name, pack(mask))
 
@@ -150,7 +155,7 @@ class FolderWriter:
         self._masks[START_MASKS].write(name, pack(mask))
 
     def finish(self, written: set[str]) -> None:
-        """Copy every tensor not in `written`; the folder is then a whole checkpoint."""
+        """Copy every tensor that is not in `written` from the source, which completes the checkpoint."""
         for name in self._source.names():
             if name not in written:
                 self.write(name, self._source.read(name))
@@ -169,16 +174,16 @@ class FolderWriter:
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     def publish(self) -> None:
-        """Give the folder its final name, in place of what stands there."""
+        """Rename the folder to its final name, replacing a folder that has it."""
         with writing(self.out):
             if not self.out.exists():
                 self.folder.rename(self.out)
                 return
-            # A name of its own: nothing else that lies there is ever deleted.
+            # The old folder is moved into a new temporary folder, so that nothing else can be deleted with it.
             with tempfile.TemporaryDirectory(
                 prefix=f"{self.out.name}.old.", dir=self.out.parent, ignore_cleanup_errors=True
-            ) as aside:
-                old = self.out.rename(Path(aside) / self.out.name)
+            ) as temporary:
+                old = self.out.rename(Path(temporary) / self.out.name)
                 try:
                     self.folder.rename(self.out)
                 except BaseException:
@@ -189,7 +194,7 @@ class FolderWriter:
         return self
 
     def __exit__(self, *exception) -> None:
-        # After `publish` nothing of that name is left; before it, what is there is unfinished.
+        # After `publish` there is no folder of this name; before it, the folder is unfinished.
         with contextlib.suppress(ValueError, BarberError):
             self._open.close()
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What checkpoint folders share: configuration, tokenizer, companion files, and tensors spread over shards."""
+"""Base classes of checkpoint folders: configuration, tokenizer, companion files, and tensors in one or more shards."""
 
 import abc
 import json
@@ -25,27 +25,27 @@ COMPANIONS = (
     "LICENSE*",
     "README.md",
 )
-"""Small files that travel with a model, as glob patterns."""
+"""Glob patterns of the small files that are copied with a model."""
 
 ORBAX = "orbax"
-"""Where a folder keeps its Orbax checkpoint."""
+"""Name of the subfolder that holds an Orbax checkpoint."""
 
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
-"""A folder with none of these has no tokenizer."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""A folder with none of these files has no tokenizer."""
 
 FLOATS = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
-"""The dtypes that weights may have."""
+"""The supported dtypes of weights."""
 
 
 class ModelFolder(Checkpoint):
-    """A folder with config.json and, perhaps, a tokenizer's files.
+    """A folder with config.json and, optionally, tokenizer files.
 
     Attributes:
-        folder: where it is.
+        folder: its path.
     """
 
     def __init__(self, folder: Path, location: str | None = None):
@@ -58,12 +58,12 @@ class ModelFolder(Checkpoint):
     def tokenizer(self):
         from transformers import AutoTokenizer
 
-        if not any((self.folder / file).is_file() for file in TOKENIZERS):
+        if not any((self.folder / file).is_file() for file in TOKENIZER_FILES):
             raise BarberError(f"{self.location}: no tokenizer there; put its files there or give token ids (.npy)")
         try:
             return AutoTokenizer.from_pretrained(self.folder)
         except Exception as error:
-            # transformers raises many types for a missing or broken tokenizer; all mean the same to the user.
+            # transformers raises many types for a missing or broken tokenizer; the message is the same for all of them.
             cause = str(error).strip().split("\n")[0]
             raise BarberError(
                 f"{self.location}: no usable tokenizer there ({cause}); give token ids (.npy) instead"
@@ -77,14 +77,14 @@ class ModelFolder(Checkpoint):
 
 
 class ShardedFolder(ModelFolder):
-    """A folder whose tensors lie in one file, or in shards that an index names.
+    """A folder whose tensors are stored in a single file, or in shards listed in an index file.
 
-    A subclass says which files those are and how one is opened.
+    A subclass sets the file names and reads the files.
 
     Attributes:
-        weights: name of the one file.
-        index: name of the index, which wins over the one file.
-        dtypes: the format's name of a dtype -> NumPy dtype.
+        weights: name of the single file.
+        index: name of the index file, which takes precedence over the single file.
+        dtypes: dtype name in this format -> NumPy dtype.
     """
 
     weights: str
@@ -93,19 +93,19 @@ class ShardedFolder(ModelFolder):
 
     def __init__(self, folder: Path, location: str | None = None):
         super().__init__(folder, location)
-        places = self._locate()
-        held = {file: self._open(file) for file in sorted(set(places.values()))}
-        for name, file in places.items():
-            if name not in held[file]:
+        shards = self._locate()
+        headers = {file: self._open(file) for file in sorted(set(shards.values()))}
+        for name, file in shards.items():
+            if name not in headers[file]:
                 raise BarberError(f"{self.folder / file}: no tensor {name}, which {self.index} names; fetch both again")
-        prefix = _missing_prefix(places)
-        self._stored = {prefix.get(name, name): (file, name) for name, file in places.items()}
-        self._headers = {name: held[file][stored] for name, (file, stored) in self._stored.items()}
+        full_names = _full_names(shards)
+        self._stored = {full_names.get(name, name): (file, name) for name, file in shards.items()}
+        self._headers = {name: headers[file][stored] for name, (file, stored) in self._stored.items()}
         self.files = {name: self._exported(file) for name, (file, _) in self._stored.items()}
 
     @classmethod
-    def found(cls, folder: Path) -> bool:
-        """Whether a folder holds weights of this format."""
+    def has_weights(cls, folder: Path) -> bool:
+        """Whether a folder contains weights in this format."""
         return any((folder / file).is_file() for file in (cls.weights, cls.index))
 
     def names(self) -> list[str]:
@@ -131,18 +131,18 @@ class ShardedFolder(ModelFolder):
 
     @abc.abstractmethod
     def _open(self, file: str) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Shape and dtype (the format's name of it) of every tensor in a file; BarberError if it is damaged."""
+        """Read the shape and dtype name of every tensor in a file. Raises BarberError if it is damaged."""
 
     @abc.abstractmethod
     def _fetch(self, path: Path, name: str) -> np.ndarray:
-        """Read one tensor of a file, under the name that the file has for it; BarberError if it is damaged."""
+        """Read one tensor of a file by its stored name. Raises BarberError if the file is damaged."""
 
     def _exported(self, file: str) -> str:
-        """Name of the safetensors file that an exported folder has in place of `file`."""
+        """Name of the safetensors file that replaces `file` in an exported folder."""
         return file
 
     def _locate(self) -> dict[str, str]:
-        """Name of every tensor, as stored -> file."""
+        """Stored tensor name -> name of the file that holds it."""
         index = self.folder / self.index
         if index.exists():
             table = read_json(index, f"{index}: missing").get("weight_map")
@@ -150,7 +150,7 @@ class ShardedFolder(ModelFolder):
                 raise BarberError(f"{index}: no weight_map in it; fetch it again")
             ending = Path(self.weights).suffix
             for name, file in table.items():
-                # The output has the same shards: with a path for a name they would be written over the source.
+                # The exported folder has the same file names; a path among them could overwrite the source.
                 if not isinstance(file, str) or not re.fullmatch(rf"[^/\\\0]{{1,200}}\{ending}", file):
                     raise BarberError(f"{index}: {file!r} ({name}) is not the name of a {ending} file beside it")
                 if not (self.folder / file).is_file():
@@ -163,10 +163,10 @@ class ShardedFolder(ModelFolder):
         raise BarberError(f"{self.location}: neither {self.weights} nor {self.index} in it; fetch the weights")
 
 
-def _missing_prefix(names: dict[str, str]) -> dict[str, str]:
-    """Stored name -> name in the whole model, for a checkpoint saved from the model without its head.
+def _full_names(names: dict[str, str]) -> dict[str, str]:
+    """Stored tensor name -> full name, for a checkpoint that was saved from the base model without its head.
 
-    Such files, the widespread ones of OPT among them, leave `model.` out.
+    Such checkpoints, OPT's published ones among them, lack the prefix `model.`. Empty for all others.
     """
     if any(name.startswith("model.") for name in names):
         return {}
@@ -174,10 +174,10 @@ def _missing_prefix(names: dict[str, str]) -> dict[str, str]:
 
 
 def read_json(path: Path, absent: str) -> dict:
-    """The JSON object in a file.
+    """Read the JSON object in a file.
 
     Raises:
-        BarberError: it cannot be read, or, with `absent` for a message, it is not there.
+        BarberError: the file does not exist (with `absent` as the message), or is not a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Formats that a finished checkpoint folder can have."""
+"""Converts a finished checkpoint folder to the requested output format."""
 
 from pathlib import Path
 from typing import Literal
@@ -9,16 +9,16 @@ from barber_jax.convert.hf_folder import INDEX, HFFolder
 from barber_jax.masks.mask_file import read_masks
 
 Format = Literal["hf", "orbax", "both"]
-"""hf: safetensors as Hugging Face has them. orbax: the Flax parameter tree and the masks. both: side by side."""
+"""hf: Hugging Face safetensors. orbax: the Flax parameter tree and the masks. both: side by side."""
 
 
 def apply_format(folder: Path, format: Format) -> None:
-    """Give a finished Hugging Face folder another format, in place; masks.safetensors and run.json stay.
+    """Convert a finished Hugging Face folder to another format in place; masks.safetensors and run.json stay.
 
-    Until the safetensors are dropped, both formats take room on the disk.
+    Both formats take disk space until the safetensors files are deleted.
 
     Raises:
-        BarberError: the disk refuses.
+        BarberError: the folder cannot be written.
     """
     if format == "hf":
         return

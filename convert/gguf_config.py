@@ -1,4 +1,4 @@
-"""The Hugging Face configuration of a llama model, from the metadata of a GGUF file."""
+"""Builds the Hugging Face configuration of a llama model from the metadata of a GGUF file."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from barber_jax.console.errors import BarberError
 
-# Metadata that would change the computation in a way Hugging Face's llama has no word for.
+# Metadata fields that change the computation and have no counterpart in Hugging Face's llama configuration.
 UNSUPPORTED = (
     "expert_count",
     "attention.sliding_window",
@@ -17,21 +17,21 @@ UNSUPPORTED = (
     "embedding_scale",
     "residual_scale",
 )
-# Llama's own rotary base, which files made from the first llama models leave out.
+# Llama's rotary base, which GGUF files of the first llama models do not store.
 DEFAULT_ROPE_BASE = 10000.0
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def llama_config(fields: dict, vocab_size: int, rope_freqs: np.ndarray | None) -> dict:
-    """Everything of config.json that the metadata says; what the tensors say (ties, biases, dtype) is the caller's.
+    """Convert GGUF metadata to config.json, except for the entries that depend on the tensors (ties, biases, dtype).
 
     Args:
         fields: the file's metadata by key.
-        vocab_size: rows of the embedding.
+        vocab_size: number of rows of the token embedding.
         rope_freqs: the `rope_freqs.weight` tensor [head_dim / 2], if the file has one.
 
     Raises:
-        BarberError: another architecture, a missing or impossible field, or an unsupported feature.
+        BarberError: another architecture, a missing or invalid field, or an unsupported feature.
     """
     architecture = fields.get("general.architecture")
     if not isinstance(architecture, str) or architecture != "llama":
@@ -66,8 +66,11 @@ def llama_config(fields: dict, vocab_size: int, rope_freqs: np.ndarray | None) -
 
 
 def llama3_factors(rope_theta: float, head_dim: int, factor: float) -> np.ndarray:
-    """What llama 3.1's scaling divides each rotary frequency by, float64 [head_dim / 2]: 1 for waves that are short
-    beside the original context, `factor` for long ones, a smooth passage between."""
+    """Divisors of the rotary frequencies in llama 3.1's scaling, float64 [head_dim / 2].
+
+    They are 1 for wavelengths that are short relative to the original context and `factor` for long ones, with a smooth
+    interpolation in between.
+    """
     wavelength = 2 * math.pi * rope_theta ** (np.arange(0, head_dim, 2) / head_dim)
     low, high = LLAMA3_ROPE["low_freq_factor"], LLAMA3_ROPE["high_freq_factor"]
     turns = LLAMA3_ROPE["original_max_position_embeddings"] / wavelength
@@ -87,7 +90,7 @@ def _head_dim(fields: dict, hidden_size: int, heads: int) -> int:
         raise BarberError(f"llama.embedding_length {hidden_size} is not a multiple of head_count {heads}")
     head_dim = _count(fields, "llama.attention.key_length", hidden_size // heads)
     if head_dim % 2:
-        raise BarberError(f"head dimension {head_dim} is odd, and rotary positions turn pairs; convert the model again")
+        raise BarberError(f"head dimension {head_dim} is odd, but RoPE needs an even one; convert the model again")
     for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
         value = _count(fields, key, head_dim)
         if value != head_dim:
@@ -105,7 +108,7 @@ def _rope_scaling(fields: dict, rope_theta: float, head_dim: int, rope_freqs: np
 
 
 def _linear_scaling(fields: dict) -> dict | None:
-    # Files older than rope.scaling.type know linear scaling only, under another name.
+    # Files from before rope.scaling.type support linear scaling only, under another key.
     factor = _positive(fields, "llama.rope.scaling.factor", _positive(fields, "llama.rope.scale_linear", 1.0))
     kind = fields.get("llama.rope.scaling.type", "linear")
     if not isinstance(kind, str) or kind not in ("none", "linear"):
@@ -116,7 +119,10 @@ def _linear_scaling(fields: dict) -> dict | None:
 
 
 def _llama3_scaling(rope_freqs: np.ndarray, rope_theta: float, head_dim: int) -> dict | None:
-    """The file keeps only the factors, so the parameters are guessed and must give the same factors back."""
+    """The llama3 entry of rope_scaling, or None if the factor is 1.
+
+    The file stores only the divisors, so the usual parameters are assumed and must reproduce them.
+    """
     factor = float(rope_freqs.max()) if rope_freqs.shape == (head_dim // 2,) else 0.0
     known = factor >= 1.0 and np.allclose(rope_freqs, llama3_factors(rope_theta, head_dim, factor), rtol=1e-5, atol=0)
     if not known:
@@ -148,5 +154,5 @@ def _field(fields: dict, key: str, default):
 
 
 def _float32(value: float) -> float:
-    """The shortest decimal that names this float32: the file keeps 1e-05 as 9.999999747378752e-06."""
+    """The shortest decimal that rounds to this float32: the file stores 1e-05 as 9.999999747378752e-06."""
     return float(str(np.float32(value)))

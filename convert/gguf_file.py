@@ -1,4 +1,4 @@
-"""A GGUF file of llama architecture as a checkpoint with Hugging Face's names, layout and configuration."""
+"""Reads a GGUF file of the llama architecture as a checkpoint with Hugging Face names, layout and configuration."""
 
 import json
 import math
@@ -17,11 +17,11 @@ from barber_jax.convert.gguf_config import llama_config
 from barber_jax.convert.gguf_header import Header, StoredTensor, read_header
 from barber_jax.convert.gguf_tokenizer import build_tokenizer, has_tokenizer, special_ids
 
-# Hugging Face's llama has a bias on all four attention projections or on none; a model that has it on the first three
-# only (as llama.cpp allows) is the same model with zeros here.
-OPTIONAL = "attn_output.bias"
+# Hugging Face's llama has biases on all four attention projections or on none. llama.cpp also allows them on the first
+# three only; this bias is then zero.
+OPTIONAL_BIAS = "attn_output.bias"
 ROPE_FREQS = "rope_freqs.weight"
-PLAIN = {
+UNQUANTISED = {
     GGMLQuantizationType.F32: np.dtype(np.float32),
     GGMLQuantizationType.F16: np.dtype(np.float16),
     GGMLQuantizationType.BF16: np.dtype(ml_dtypes.bfloat16),
@@ -36,7 +36,7 @@ MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.do
 
 
 class _Source(NamedTuple):
-    """One Hugging Face tensor: the GGUF tensor it comes from, its shape, and the heads of its rotary rows (or 0)."""
+    """Where a Hugging Face tensor comes from: its GGUF name, its shape, and its number of rotary heads (0 if none)."""
 
     stored: str
     shape: tuple[int, ...]
@@ -44,16 +44,16 @@ class _Source(NamedTuple):
 
 
 class GGUFCheckpoint(Checkpoint):
-    """A .gguf file opened for reading; tensors are decoded one by one, when fetched.
+    """A .gguf file opened for reading; each tensor is decoded when it is fetched.
 
-    F32, F16 and BF16 tensors keep their dtype, every other type decodes to float32.
+    F32, F16 and BF16 tensors keep their dtype; all other types are dequantised to float32.
     """
 
     def __init__(self, path: Path):
         """Open `path`.
 
         Raises:
-            BarberError: not a sound GGUF file of the llama architecture, or one with a feature not supported.
+            BarberError: the file is not a valid GGUF file of the llama architecture, or uses an unsupported feature.
         """
         self.location = str(path)
         self._path = path
@@ -74,7 +74,7 @@ class GGUFCheckpoint(Checkpoint):
         return [self._path]
 
     def names(self) -> list[str]:
-        """Every tensor's Hugging Face name, in the order of the model."""
+        """Hugging Face names of all tensors, in model order."""
         return list(self._sources)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -82,15 +82,15 @@ class GGUFCheckpoint(Checkpoint):
         return self._sources[name].shape
 
     def dtype(self, name: str) -> np.dtype:
-        """Dtype that `fetch` gives a tensor, without reading it."""
+        """Dtype of a tensor as `fetch` returns it, without reading it."""
         tensor = self._header.tensors.get(self._sources[name].stored)
-        return np.dtype(np.float32) if tensor is None else PLAIN.get(tensor.kind, np.dtype(np.float32))
+        return np.dtype(np.float32) if tensor is None else UNQUANTISED.get(tensor.kind, np.dtype(np.float32))
 
     def fetch(self, name: str) -> np.ndarray:
         """Read and decode one tensor.
 
         Raises:
-            BarberError: the file cannot be read or has become shorter.
+            BarberError: the file cannot be read, or has been truncated since it was opened.
         """
         source = self._sources[name]
         if source.stored not in self._header.tensors:
@@ -99,10 +99,10 @@ class GGUFCheckpoint(Checkpoint):
         return unpermute(value, source.rotary_heads) if source.rotary_heads else value
 
     def tokenizer(self):
-        """The tokenizer that the file's metadata describe.
+        """Build the tokenizer from the file's metadata.
 
         Raises:
-            BarberError: the file has none, or one of a kind that is not supported.
+            BarberError: the file has no tokenizer, or one of an unsupported kind.
         """
         try:
             return build_tokenizer(self._header.fields)
@@ -110,10 +110,10 @@ class GGUFCheckpoint(Checkpoint):
             raise BarberError(f"{self.location}: {error}") from None
 
     def save_tokenizer(self, folder: Path) -> None:
-        """Write the tokenizer's files and generation_config.json to `folder`; nothing if there is no tokenizer.
+        """Write the tokenizer's files and generation_config.json to `folder`, if the file has a tokenizer.
 
         Raises:
-            BarberError: the file's tokenizer is of a kind that is not supported.
+            BarberError: the tokenizer is of an unsupported kind.
         """
         if not has_tokenizer(self._header.fields):
             return
@@ -137,37 +137,39 @@ class GGUFCheckpoint(Checkpoint):
         }
 
     def _check_blocks(self) -> None:
-        """The block count comes from the file: do not list billions of tensors because one byte of it is wrong."""
+        """Reject a block count above the tensor count: one damaged byte must not make us list billions of tensors."""
         blocks = self.config["num_hidden_layers"]
         if blocks > len(self._header.tensors):
             raise BarberError(f"llama.block_count is {blocks}, more than there are tensors; the file is damaged")
 
     def _check_tensors(self) -> None:
-        """Every tensor of the model is there with the shape that the configuration gives it, and no other."""
+        """Check that the file holds exactly the model's tensors, with the shapes that the metadata imply."""
         tensors = self._header.tensors
         for source in self._sources.values():
-            if source.stored.endswith(OPTIONAL) and source.stored not in tensors:
+            if source.stored.endswith(OPTIONAL_BIAS) and source.stored not in tensors:
                 continue
             if source.stored not in tensors:
                 raise BarberError(f"tensor {source.stored} is missing; convert the model again")
             if tensors[source.stored].shape != source.shape:
                 found = tensors[source.stored].shape
-                raise BarberError(f"tensor {source.stored} has shape {found}, the metadata ask for {source.shape}")
+                raise BarberError(f"tensor {source.stored} has shape {found}, but the metadata imply {source.shape}")
         unexpected = tensors.keys() - {source.stored for source in self._sources.values()} - {ROPE_FREQS}
         if unexpected:
-            raise BarberError(f"tensor {min(unexpected)} is no part of a llama model; not supported")
+            raise BarberError(
+                f"tensor {min(unexpected)} is not part of a llama model; only plain llama models are supported"
+            )
 
     def _decode(self, stored: str) -> np.ndarray:
         tensor = self._header.tensors[stored]
         raw = self._read_bytes(stored, tensor)
-        if tensor.kind in PLAIN:
-            return raw.view(PLAIN[tensor.kind]).reshape(tensor.shape)
-        # Damaged scales overflow here; `read` refuses what comes of it.
+        if tensor.kind in UNQUANTISED:
+            return raw.view(UNQUANTISED[tensor.kind]).reshape(tensor.shape)
+        # Damaged scales overflow here; `read` rejects the result.
         with np.errstate(all="ignore"):
             return dequantize(raw.reshape(*tensor.shape[:-1], -1), tensor.kind)
 
     def _read_bytes(self, stored: str, tensor: StoredTensor) -> np.ndarray:
-        # An ordinary read, not a memory map: mapped pages would count as the process's own memory.
+        # A plain read, not a memory map: mapped pages would count as resident memory of the process.
         try:
             with open(self._path, "rb") as handle:
                 handle.seek(tensor.offset)
@@ -180,13 +182,13 @@ class GGUFCheckpoint(Checkpoint):
 
 
 def unpermute(value: np.ndarray, heads: int) -> np.ndarray:
-    """Put the rows of a query or key tensor back in Hugging Face's order.
+    """Restore Hugging Face's row order in a query or key tensor.
 
-    llama.cpp rotates neighbouring rows of a head, Hugging Face row i with row i + head_dim / 2.
+    llama.cpp rotates adjacent rows of a head together, Hugging Face row i with row i + head_dim / 2.
 
     Args:
         value: weight [heads * head_dim, in] or bias [heads * head_dim].
-        heads: the heads of the query, or of the key.
+        heads: number of query heads, or of key heads.
     """
     half = value.shape[0] // heads // 2
     return value.reshape(heads, half, 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
@@ -197,7 +199,7 @@ def _has_bias(header: Header, modules: dict[str, str]) -> bool:
 
 
 def _llama_tensors(config: dict) -> Iterator[tuple[str, _Source]]:
-    """Hugging Face name and source of every tensor that a model of this configuration has."""
+    """Hugging Face name and GGUF source of every tensor of a model with this configuration."""
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     yield "model.embed_tokens.weight", _Source("token_embd.weight", (vocab, hidden))
     for layer in range(config["num_hidden_layers"]):

@@ -1,7 +1,8 @@
-"""The header of a GGUF file: metadata and where each tensor lies, every count checked against the file's size.
+"""Parses the header of a GGUF file, its metadata and the location of each tensor, checking every count.
 
-The types, block sizes and decoders are the `gguf` package's. Its GGUFReader is not used: it trusts the counts in the
-file, so one damaged byte can keep it busy without end, and it holds a NumPy view for every token of the vocabulary.
+Types, block sizes and decoders come from the `gguf` package. Its GGUFReader is not used: it trusts the counts in the
+file, so one damaged byte can make it loop practically forever, and it holds a NumPy view for every token of the
+vocabulary.
 """
 
 import math
@@ -16,9 +17,9 @@ from barber_jax.console.errors import BarberError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-MOST_DIMENSIONS = 4
-# No vocabulary, merge list or chat template comes near this; a larger count is damage and must not be allocated.
-LONGEST = 1 << 24
+MAX_DIMENSIONS = 4
+# Bytes of one string or array: more than any vocabulary or chat template needs, so a larger count means damage.
+MAX_VALUE_BYTES = 1 << 24
 
 SCALARS = {
     GGUFValueType.UINT8: "<u1",
@@ -36,13 +37,13 @@ SCALARS = {
 
 
 class StoredTensor(NamedTuple):
-    """Where a tensor lies in the file.
+    """Type and location of a tensor in the file.
 
     Attributes:
-        kind: how it is quantised.
-        shape: its shape in NumPy's order, outermost dimension first.
-        offset: its first byte, from the start of the file.
-        size: its length in bytes, as stored.
+        kind: quantisation type.
+        shape: in NumPy's order, outermost dimension first.
+        offset: position of the first byte from the start of the file.
+        size: bytes that the tensor takes in the file.
     """
 
     kind: GGMLQuantizationType
@@ -52,18 +53,18 @@ class StoredTensor(NamedTuple):
 
 
 class Header(NamedTuple):
-    """Metadata by key (scalars, strings, lists of strings, 1-d arrays) and tensors by their GGUF name."""
+    """Metadata by key (scalars, strings, lists of strings, 1-d arrays), and tensors by GGUF name."""
 
     fields: dict
     tensors: dict[str, StoredTensor]
 
 
 class _Damaged(Exception):
-    """What is wrong with the bytes; `read_header` adds the file's name."""
+    """The file's content is invalid; `read_header` adds the file's name to the message."""
 
 
 def read_header(path: Path) -> Header:
-    """Read and check the header of the GGUF file `path`, leaving the tensors' data alone.
+    """Read and check the header of a GGUF file, without reading tensor data.
 
     Raises:
         BarberError: the file cannot be read, is not GGUF, is damaged or cut short, or holds a tensor of a type that
@@ -80,7 +81,7 @@ def read_header(path: Path) -> Header:
 
 
 class _Cursor:
-    """Reads the header's values one after another."""
+    """Reads the header's values in sequence."""
 
     def __init__(self, handle: BinaryIO):
         self._handle = handle
@@ -89,7 +90,7 @@ class _Cursor:
         return self._handle.tell()
 
     def take(self, count: int) -> bytes:
-        data = self._handle.read(count) if count <= LONGEST else b""
+        data = self._handle.read(count) if count <= MAX_VALUE_BYTES else b""
         if len(data) != count:
             raise _Damaged("the header is damaged or the file is cut short")
         return data
@@ -109,7 +110,7 @@ class _Cursor:
     def name(self) -> str:
         name = self.text()
         if not name.isprintable():
-            raise _Damaged(f"the header is damaged: {name!r} stands where a name should")
+            raise _Damaged(f"the header is damaged: {name!r} is not a valid name")
         return name
 
     def value(self):
@@ -146,19 +147,19 @@ def _parse(cursor: _Cursor, size: int) -> Header:
     entries = {}
     for _ in range(tensor_count):
         _add(entries, cursor.name(), _tensor_entry(cursor))
-    return Header(fields, _lay_out(entries, _alignment(fields), cursor.position(), size))
+    return Header(fields, _locate_tensors(entries, _alignment(fields), cursor.position(), size))
 
 
 def _add(table: dict, key: str, value) -> None:
     if key in table:
-        raise _Damaged(f"the header is damaged: {key!r} stands in it twice")
+        raise _Damaged(f"the header is damaged: {key!r} occurs twice")
     table[key] = value
 
 
 def _tensor_entry(cursor: _Cursor) -> tuple[tuple[int, ...], int, int]:
-    """Shape in NumPy's order, type number and offset from the start of the data."""
+    """Read a tensor's shape in NumPy's order, type number and offset from the start of the data section."""
     dimensions = cursor.number("<u4")
-    if dimensions > MOST_DIMENSIONS:
+    if dimensions > MAX_DIMENSIONS:
         raise _Damaged(f"the header is damaged: a tensor with {dimensions} dimensions")
     return tuple(cursor.numbers("<u8", dimensions).tolist()[::-1]), cursor.number("<u4"), cursor.number("<u8")
 
@@ -170,17 +171,17 @@ def _alignment(fields: dict) -> int:
     return alignment
 
 
-def _lay_out(entries: dict, alignment: int, header_end: int, size: int) -> dict[str, StoredTensor]:
-    """Place the tensors. They must follow one another: anything else would read another tensor's bytes."""
+def _locate_tensors(entries: dict, alignment: int, header_end: int, size: int) -> dict[str, StoredTensor]:
+    """Compute each tensor's location. Tensors must follow one another, so that none reads another's bytes."""
     start = _padded(header_end, alignment)
     tensors, expected = {}, 0
     for name, (shape, number, offset) in entries.items():
-        kind = _decodable(name, number)
+        kind = _decodable_type(name, number)
         length = _stored_size(name, shape, kind)
         if offset != expected:
-            raise _Damaged(f"the header is damaged: tensor {name} is not where the one before it ends")
+            raise _Damaged(f"the header is damaged: tensor {name} is not where the previous one ends")
         if start + offset + length > size:
-            raise _Damaged(f"the file is cut short: tensor {name} ends past the end of it")
+            raise _Damaged(f"the file is cut short: tensor {name} ends past the end of the file")
         tensors[name] = StoredTensor(kind, shape, start + offset, length)
         expected = _padded(offset + length, alignment)
     return tensors
@@ -190,8 +191,11 @@ def _padded(count: int, alignment: int) -> int:
     return -(-count // alignment) * alignment
 
 
-def _decodable(name: str, number: int) -> GGMLQuantizationType:
-    """The tensor's type, tried on one block of zeros: the package has no list of the types it decodes."""
+def _decodable_type(name: str, number: int) -> GGMLQuantizationType:
+    """The tensor's type, if the `gguf` package can decode it.
+
+    The package has no list of the types that it decodes, so this decodes one block of zeros.
+    """
     try:
         kind = GGMLQuantizationType(number)
         gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
@@ -205,5 +209,5 @@ def _decodable(name: str, number: int) -> GGMLQuantizationType:
 def _stored_size(name: str, shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     if not shape or shape[-1] % block:
-        raise _Damaged(f"the header is damaged: tensor {name} of shape {shape} is not whole {kind.name} blocks")
+        raise _Damaged(f"the header is damaged: tensor {name} of shape {shape} does not fit {kind.name} blocks")
     return math.prod(shape) // block * block_bytes

@@ -1,6 +1,6 @@
-"""A `transformers` tokenizer from the metadata of a GGUF file, which has the vocabulary but no tokenizer.json.
+"""Builds a `transformers` tokenizer from GGUF metadata, which hold the vocabulary but no tokenizer.json.
 
-torch is not imported.
+PyTorch is not imported.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,26 +16,26 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 SPACE = "▁"
 
 ID_FIELDS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-# What llama.cpp takes for a SentencePiece vocabulary that does not say.
+# llama.cpp's defaults for a SentencePiece vocabulary whose file does not give these ids.
 SENTENCEPIECE_IDS = {"unk": 0, "bos": 1, "eos": 2}
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 LLAMA3_SPLIT = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2_SPLIT = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# Names under which the llama 3 tokenizer goes; its models expect a start token even where the file does not ask.
+# Names of the llama 3 tokenizer. Its models expect a BOS token even if the file does not request one.
 LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 
 
 def has_tokenizer(fields: Mapping) -> bool:
-    """Whether the metadata describe a tokenizer at all."""
+    """Whether the metadata describe a tokenizer."""
     return _get(fields, "tokenizer.ggml.model", str, "none") not in ("none", "no_vocab")
 
 
 def special_ids(fields: Mapping) -> dict[str, int | None]:
-    """Ids of the special tokens, by `bos`, `eos`, `unk` and `pad`; None for those the model does not have.
+    """Ids of the special tokens `bos`, `eos`, `unk` and `pad`; None for those that the model does not have.
 
     Raises:
-        BarberError: an id is not a number.
+        BarberError: an id is not an integer.
     """
     defaults = SENTENCEPIECE_IDS if _get(fields, "tokenizer.ggml.model", str) == "llama" else {}
     return {
@@ -45,10 +45,10 @@ def special_ids(fields: Mapping) -> dict[str, int | None]:
 
 
 def build_tokenizer(fields: Mapping) -> PreTrainedTokenizerFast:
-    """The tokenizer that the metadata `fields` describe.
+    """Build the tokenizer that the metadata `fields` describe.
 
     Raises:
-        BarberError: there is none, it is of a kind not supported, or its fields are missing or do not fit together.
+        BarberError: there is no tokenizer, its kind is not supported, or its fields are missing or inconsistent.
     """
     if not has_tokenizer(fields):
         raise BarberError("the file has no tokenizer (metadata field tokenizer.ggml.model)")
@@ -62,13 +62,13 @@ def build_tokenizer(fields: Mapping) -> PreTrainedTokenizerFast:
     else:
         raise BarberError(f"tokenizer.ggml.model {kind!r} is not supported, only 'gpt2' and 'llama'")
     _add_tokens(tokenizer, tokens, _numbers(fields, "tokenizer.ggml.token_type", tokens))
-    ends = _added_ends(fields)
-    tokenizer.post_processor = _template(tokenizer, special, *ends)
+    add_bos, add_eos = _adds_bos_eos(fields)
+    tokenizer.post_processor = _template(tokenizer, special, add_bos, add_eos)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         **{f"{name}_token": token for name, token in special.items()},
-        add_bos_token=ends[0],
-        add_eos_token=ends[1],
+        add_bos_token=add_bos,
+        add_eos_token=add_eos,
         chat_template=_get(fields, "tokenizer.chat_template", str),
         model_max_length=fields.get("llama.context_length"),
         clean_up_tokenization_spaces=False,
@@ -76,7 +76,7 @@ def build_tokenizer(fields: Mapping) -> PreTrainedTokenizerFast:
 
 
 def _byte_level(fields: Mapping, tokens: list[str]) -> Tokenizer:
-    """Byte-level BPE, split into words first as the model's own tokenizer did."""
+    """Byte-level BPE, with the word splitting of the model's original tokenizer."""
     merges = [_pair(merge) for merge in _strings(fields, "tokenizer.ggml.merges")]
     name = _get(fields, "tokenizer.ggml.pre", str, "default")
     tokenizer = Tokenizer(_bpe(tokens, merges, ignore_merges=name in LLAMA3_NAMES))
@@ -95,13 +95,13 @@ def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
     if name == "qwen2" or name in LLAMA3_NAMES:
         split = Regex(QWEN2_SPLIT if name == "qwen2" else LLAMA3_SPLIT)
-        letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        return pre_tokenizers.Sequence([pre_tokenizers.Split(split, behavior="isolated"), letters])
+        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        return pre_tokenizers.Sequence([pre_tokenizers.Split(split, behavior="isolated"), to_bytes])
     raise BarberError(f"pre-tokenizer {name!r} (metadata field tokenizer.ggml.pre) is not supported")
 
 
 def _sentencepiece(fields: Mapping, tokens: list[str], unknown: str) -> Tokenizer:
-    """SentencePiece's BPE: characters outside the vocabulary fall to bytes, a space is a letter of its own."""
+    """SentencePiece BPE: characters outside the vocabulary fall back to bytes, and spaces become `▁`."""
     merges = list(_merges_from_scores(fields, tokens))
     tokenizer = Tokenizer(_bpe(tokens, merges, byte_fallback=True, fuse_unk=True, unk_token=unknown))
     spaces = [normalizers.Replace(" ", SPACE)]
@@ -115,9 +115,9 @@ def _sentencepiece(fields: Mapping, tokens: list[str], unknown: str) -> Tokenize
 
 
 def _merges_from_scores(fields: Mapping, tokens: list[str]) -> Iterator[tuple[str, str]]:
-    """Every pair of tokens that joins into a token, those whose whole scores best first.
+    """Yield every pair of tokens that merges into another token, in descending order of the merged token's score.
 
-    SentencePiece keeps no list of merges: it joins the neighbours whose whole scores best.
+    SentencePiece stores no list of merges: it merges the adjacent pair whose result has the highest score.
     """
     scores = _numbers(fields, "tokenizer.ggml.scores", tokens)
     normal = [i for i, kind in enumerate(_numbers(fields, "tokenizer.ggml.token_type", tokens)) if kind == NORMAL]
@@ -132,41 +132,44 @@ def _merges_from_scores(fields: Mapping, tokens: list[str]) -> Iterator[tuple[st
 def _bpe(tokens: list[str], merges: list[tuple[str, str]], **options) -> BPE:
     vocabulary = {token: index for index, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
-        raise BarberError("metadata field tokenizer.ggml.tokens holds a token twice; convert the model again")
+        raise BarberError("metadata field tokenizer.ggml.tokens contains a token twice; convert the model again")
     try:
         return BPE(vocab=vocabulary, merges=merges, **options)
-    except Exception as error:  # the library raises nothing narrower
-        raise BarberError(f"the tokens and merges do not fit together ({error}); convert the model again") from None
+    except Exception as error:  # the library raises plain Exception
+        raise BarberError(f"the tokens and merges are inconsistent ({error}); convert the model again") from None
 
 
 def _add_tokens(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> None:
-    """Make the tokens that are never split be found whole in the text."""
+    """Register the special and user-defined tokens, which are matched in the text as a whole."""
     kinds = list(zip(tokens, types, strict=True))
     special = [AddedToken(token, normalized=False, special=True) for token, kind in kinds if kind in (CONTROL, UNKNOWN)]
     tokenizer.add_special_tokens(special)
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token, kind in kinds if kind == USER_DEFINED])
 
 
-def _added_ends(fields: Mapping) -> tuple[bool, bool]:
-    """Whether a start and an end token go around every text."""
+def _adds_bos_eos(fields: Mapping) -> tuple[bool, bool]:
+    """Whether BOS and EOS tokens are added to every text."""
     llama3 = _get(fields, "tokenizer.ggml.pre", str) in LLAMA3_NAMES
-    start = llama3 or fields["tokenizer.ggml.model"] == "llama"
+    default_bos = llama3 or fields["tokenizer.ggml.model"] == "llama"
     return (
-        _get(fields, "tokenizer.ggml.add_bos_token", bool, start),
+        _get(fields, "tokenizer.ggml.add_bos_token", bool, default_bos),
         _get(fields, "tokenizer.ggml.add_eos_token", bool, False),
     )
 
 
-def _template(tokenizer: Tokenizer, special: dict[str, str], start: bool, end: bool) -> processors.TemplateProcessing:
-    wanted = (["bos"] if start else []) + (["eos"] if end else [])
-    missing = [name for name in wanted if name not in special]
+def _template(
+    tokenizer: Tokenizer, special: dict[str, str], add_bos: bool, add_eos: bool
+) -> processors.TemplateProcessing:
+    """A post-processor that adds the BOS and EOS tokens."""
+    added = (["bos"] if add_bos else []) + (["eos"] if add_eos else [])
+    missing = [name for name in added if name not in special]
     if missing:
         raise BarberError(f"metadata field tokenizer.ggml.{missing[0]}_token_id is missing; convert the model again")
-    before, after = [special["bos"]] if start else [], [special["eos"]] if end else []
+    before, after = [special["bos"]] if add_bos else [], [special["eos"]] if add_eos else []
     return processors.TemplateProcessing(
         single=[*before, "$A", *after],
         pair=[*before, "$A", *after, *(f"{token}:1" for token in before), "$B:1", *(f"{t}:1" for t in after)],
-        special_tokens=[(special[name], tokenizer.token_to_id(special[name])) for name in wanted],
+        special_tokens=[(special[name], tokenizer.token_to_id(special[name])) for name in added],
     )
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: a local folder of safetensors."""
+"""Reads Hugging Face checkpoint folders with safetensors files."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ INDEX = "model.safetensors.index.json"
 
 
 class HFFolder(ShardedFolder):
-    """A folder with config.json and one or many safetensors files."""
+    """A folder with config.json and one or more safetensors files."""
 
     weights = WEIGHTS
     index = INDEX
@@ -29,7 +29,7 @@ class HFFolder(ShardedFolder):
             raise _damaged(path, error) from None
 
     def _fetch(self, path: Path, name: str) -> np.ndarray:
-        # Opened anew for each tensor: a file that stays mapped would let resident memory grow to the checkpoint's size.
+        # Reopened for each tensor: while a file stays mapped, resident memory can grow to the checkpoint's size.
         try:
             with safe_open(path, "np") as handle:
                 return handle.get_tensor(name)

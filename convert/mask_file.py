@@ -1,4 +1,4 @@
-"""The mask file, under the name that scripts know: it lives in `barber_jax.masks`."""
+"""Re-exports `barber_jax.masks.mask_file` under its former path, which scripts use."""
 
 from barber_jax.masks.mask_file import Masks, mask_metadata, pack, packed_length, read_masks, unpack
 

@@ -1,12 +1,12 @@
-"""Orbax checkpoints: the Flax parameter tree of a whole `Decoder`, and its masks.
+"""Reads and writes Orbax checkpoints: the Flax parameter tree of a whole `Decoder`, and its masks.
 
-DIR/orbax holds one tree that `orbax.checkpoint.PyTreeCheckpointer().restore` gives back as nested dicts:
+DIR/orbax holds one tree that `orbax.checkpoint.PyTreeCheckpointer().restore` returns as nested dicts:
 
-    params: embed.*, layers.N.*, head.*   as `models.decoder.Decoder` has them; a kernel is [in, out]
+    params: embed.*, layers.N.*, head.*   the parameters of `models.decoder.Decoder`; a kernel is [in, out]
     masks:  layers.N.*.kernel             bool [in, out], True = kept; only if the model was pruned
 
-Keys are strings (`flax.nnx.restore_int_paths` turns those of `layers` into numbers). Where the head shares the token
-embedding's weights, head.lm_head.kernel is not stored a second time. DIR holds config.json and the tokenizer's files.
+Keys are strings (`flax.nnx.restore_int_paths` converts those of `layers` to integers). If the head is tied to the token
+embedding, head.lm_head.kernel is not stored. DIR also holds config.json and the tokenizer's files.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,28 +29,28 @@ from barber_jax.models.family import Model
 
 
 class OrbaxCheckpoint(ModelFolder):
-    """A folder with config.json and Orbax's folder beside it; tensors are read one by one, when fetched."""
+    """A folder with config.json and an `orbax` subfolder; each tensor is read when it is fetched."""
 
     def __init__(self, folder: Path, location: str | None = None):
         """Open `folder`.
 
         Raises:
-            BarberError: the tree is damaged, or not that of the model in config.json.
+            BarberError: the tree is damaged, or does not match config.json.
         """
         super().__init__(folder, location)
         self._tree = self.folder.resolve() / ORBAX
         stored = self._metadata()
         self._paths: dict[str, str] = {}
-        # In the model's order: a wrong number of layers must fail at the first that is not there, not list billions.
+        # In model order: a wrong number of layers must fail at the first missing tensor, not list billions of names.
         for path, name in tree_paths(build_model(self.config, jnp.float32)):
             if path not in stored:
                 raise BarberError(
-                    f"{self._tree}: tensor params.{path} is missing; write the folder again or mend config.json"
+                    f"{self._tree}: tensor params.{path} is missing; write the folder again or fix config.json"
                 )
             self._paths[name] = path
         unknown = stored.keys() - self._paths.values()
         if unknown:
-            raise BarberError(f"{self._tree}: tensor params.{min(unknown)} has no place in the model of config.json")
+            raise BarberError(f"{self._tree}: tensor params.{min(unknown)} does not belong to the model in config.json")
         self._stored = stored
         self.files = split_files({name: self.size(name) * self.dtype(name).itemsize for name in self._paths})
 
@@ -84,12 +84,12 @@ class OrbaxCheckpoint(ModelFolder):
                 ),
             )
         except Exception as error:
-            # Orbax passes on what TensorStore and the file system raise, of many types.
+            # Orbax passes on exceptions of TensorStore and of the file system, of many types.
             raise self._damaged(error) from None
         return to_hf(path, flatten_dict(tree)[key])
 
     def _metadata(self) -> dict:
-        """Path of every parameter -> Orbax's metadata of it (shape and dtype), without reading any."""
+        """Parameter path -> its Orbax metadata (shape and dtype), without reading any parameter."""
         try:
             params = _checkpointer().metadata(self._tree).item_metadata.tree["params"]
             return {".".join(key): entry for key, entry in flatten_dict(params).items()}
@@ -104,23 +104,23 @@ class OrbaxCheckpoint(ModelFolder):
 
 
 @dataclass(frozen=True)
-class _Leaf:
-    """An array of the tree that is read when its turn to be written comes."""
+class _LazyArray:
+    """An array of the tree that is read only when it is written."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
 
 
-class _OneByOne(ocp.type_handlers.NumpyHandler):
-    """Handles one array after the other, where Orbax's own handler has all of them under way at once.
+class _SequentialHandler(ocp.type_handlers.NumpyHandler):
+    """Reads and writes one array at a time, where Orbax's own handler processes all arrays concurrently.
 
-    To write, that would need the whole tree in memory; when one of many reads fails, the others would complain on
-    stderr that nobody waits for them.
+    Concurrent writes would need the whole tree in memory. If one of several concurrent reads failed, Python would
+    report on stderr that the others were never awaited.
     """
 
     async def metadata(self, infos):
-        return [entry for info in infos for entry in await super(_OneByOne, self).metadata([info])]
+        return [entry for info in infos for entry in await super(_SequentialHandler, self).metadata([info])]
 
     async def serialize(self, values, infos, args=None):
         for value, info, arg in zip(values, infos, args, strict=True):
@@ -130,12 +130,12 @@ class _OneByOne(ocp.type_handlers.NumpyHandler):
 
 
 def write_orbax(folder: Path, checkpoint: Checkpoint, masks: Masks | None) -> None:
-    """Write a checkpoint's parameters and masks to `folder`/orbax, one tensor in memory at a time.
+    """Write a checkpoint's parameters and masks to `folder`/orbax, with one tensor in memory at a time.
 
-    Tensors that the model has no parameter for (a tied head's copy, stored rotary frequencies) are left out.
+    Tensors without a parameter in the model (a tied head's copy, stored rotary frequencies) are left out.
 
     Raises:
-        BarberError: a tensor is damaged, a mask does not fit the model, or the disk refuses.
+        BarberError: a tensor is damaged, a mask does not match the model, or the folder cannot be written.
     """
     paths = {name: path for path, name in tree_paths(build_model(checkpoint.config, jnp.float32))}
     leaves = {f"params.{path}": _parameter(checkpoint, name, path) for name, path in paths.items()}
@@ -151,41 +151,41 @@ def write_orbax(folder: Path, checkpoint: Checkpoint, masks: Masks | None) -> No
     except BarberError:
         raise
     except Exception as error:
-        # Orbax passes on what TensorStore and the file system raise, of many types.
+        # Orbax passes on exceptions of TensorStore and of the file system, of many types.
         cause = str(error).strip().split("\n")[0][:200]
         raise BarberError(f"cannot write {target}: {cause}; make room there or write to another place") from None
 
 
 def tree_paths(model: Model) -> Iterator[tuple[str, str]]:
-    """Every parameter that is stored, in the model's order: path in the `Decoder`'s tree, Hugging Face name."""
+    """Yield (path in the `Decoder`'s tree, Hugging Face name) of every stored parameter, in model order."""
     embed = model.names.embed
     yield from ((f"embed.{path}", name) for path, name in embed.items())
     for index in range(model.layers):
         yield from ((f"layers.{index}.{path}", name) for path, name in model.names.of_block(index).items())
-    # A head tied to the embedding has its name.
+    # A tied head has the Hugging Face name of the embedding and is not stored.
     yield from ((f"head.{path}", name) for path, name in model.names.head.items() if name not in embed.values())
 
 
-def _parameter(checkpoint: Checkpoint, name: str, path: str) -> _Leaf:
+def _parameter(checkpoint: Checkpoint, name: str, path: str) -> _LazyArray:
     shape = checkpoint.shape(name)
     flax_shape = shape[::-1] if path.endswith(".kernel") else shape
-    return _Leaf(flax_shape, checkpoint.dtype(name), lambda: to_flax(path, checkpoint.read(name)))
+    return _LazyArray(flax_shape, checkpoint.dtype(name), lambda: to_flax(path, checkpoint.read(name)))
 
 
-def _mask(masks: Masks, name: str, path: str) -> _Leaf:
-    return _Leaf(masks.shapes[name][::-1], np.dtype(np.bool_), lambda: to_flax(path, masks.read(name)))
+def _mask(masks: Masks, name: str, path: str) -> _LazyArray:
+    return _LazyArray(masks.shapes[name][::-1], np.dtype(np.bool_), lambda: to_flax(path, masks.read(name)))
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    """A checkpointer of trees of arrays and `_Leaf`s."""
-    handler = _OneByOne()
-    # Without a handler of jax.Array Orbax warns.
+    """A checkpointer for trees of arrays and `_LazyArray`s."""
+    handler = _SequentialHandler()
+    # Orbax warns if there is no handler for jax.Array.
     others = (jax.Array, ocp.type_handlers.ArrayHandler())
-    registry = ocp.type_handlers.create_type_handler_registry((_Leaf, handler), (np.ndarray, handler), others)
-    # Each of several processes reads and writes by itself; by default Orbax would wait for the others.
-    me = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
+    registry = ocp.type_handlers.create_type_handler_registry((_LazyArray, handler), (np.ndarray, handler), others)
+    # Every process reads and writes on its own; by default, Orbax synchronises all processes.
+    process = jax.process_index()
+    independent = ocp.options.MultiprocessingOptions(
+        primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"process_{process}"
     )
-    tree = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, multiprocessing_options=alone)
-    return ocp.Checkpointer(tree, multiprocessing_options=alone)
+    tree = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, multiprocessing_options=independent)
+    return ocp.Checkpointer(tree, multiprocessing_options=independent)

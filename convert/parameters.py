@@ -1,4 +1,4 @@
-"""Between Hugging Face tensors and Flax parameters, by a family's name table."""
+"""Converts between Hugging Face tensors and Flax parameters, using a family's name table."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ from barber_jax.models.family import Model
 
 
 def to_flax(path: str, tensor: np.ndarray) -> np.ndarray:
-    """A Hugging Face tensor in Flax layout: a kernel is [in, out], its tensor [out, in]."""
+    """Convert a Hugging Face tensor to Flax layout: the tensor [out, in] of a kernel becomes [in, out]."""
     return tensor.T if path.endswith(".kernel") else tensor
 
 
@@ -21,44 +21,48 @@ def to_hf(path: str, value: np.ndarray) -> np.ndarray:
 
 
 def read_parameters(checkpoint: Checkpoint, table: dict[str, str]) -> dict[str, np.ndarray]:
-    """Read one part of a model: Flax path -> array in the checkpoint's dtype.
+    """Read the parameters of one part of a model: Flax path -> array in the checkpoint's dtype.
+
+    Args:
+        checkpoint: where to read from.
+        table: Flax path -> Hugging Face name.
 
     Raises:
-        BarberError: a tensor is damaged, or holds NaN or Inf.
+        BarberError: a tensor is damaged, or contains NaN or Inf.
     """
     return {path: to_flax(path, checkpoint.read(name)) for path, name in table.items()}
 
 
 def check_tensors(checkpoint: Checkpoint, model: Model) -> None:
-    """Compare names and shapes with what the configuration asks for, before any tensor is read.
+    """Check the names, shapes and dtypes of a checkpoint's tensors against the model, before any tensor is read.
 
     Raises:
-        BarberError: a tensor is missing, has the wrong shape or dtype, or has no place in the model.
+        BarberError: a tensor is missing, has the wrong shape or dtype, or does not belong to the model.
     """
     present = set(checkpoint.names())
     expected: set[str] = set()
-    # One part at a time: a wrong number of layers must fail at the first tensor that is not there, not list billions.
+    # One part at a time: a wrong number of layers must fail at the first missing tensor, not list billions of names.
     for definition, table in _parts(model):
         for path, shape in definition.shapes:
             name = table[path]
             if name not in present:
                 raise BarberError(
-                    f"{checkpoint.location}: tensor {name} is missing; fetch the checkpoint again or mend config.json"
+                    f"{checkpoint.location}: tensor {name} is missing; fetch the checkpoint again or fix config.json"
                 )
             _check_shape(checkpoint, name, tuple(reversed(shape)) if path.endswith(".kernel") else shape)
             checkpoint.dtype(name)
             expected.add(name)
-    # A head stored beside a tied embedding is the embedding's copy; Hugging Face ignores it too.
+    # A head stored along with a tied embedding is a copy of it; Hugging Face ignores it too.
     known = expected | ({"lm_head.weight"} if model.tied_embedding else set())
     for name in sorted(present - known):
         if not name.endswith(model.names.ignored):
             raise BarberError(
-                f"{checkpoint.location}: tensor {name} has no place in a {model.model_type} of this config.json"
+                f"{checkpoint.location}: tensor {name} does not belong to the {model.model_type} model in config.json"
             )
 
 
 def _parts(model: Model) -> Iterator[tuple[Definition, dict[str, str]]]:
-    """Every part of a model with its name table."""
+    """Yield the embedding, the head and every block, each with its name table."""
     yield model.embed(), model.names.embed
     yield model.head(), model.names.head
     block = model.block()

@@ -1,7 +1,7 @@
-"""Writing a safetensors file tensor by tensor, in any order, so that no file ever has to fit in memory.
+"""Writes a safetensors file tensor by tensor, in any order, so that a file may be larger than memory.
 
-The `safetensors` package writes a file from all its tensors at once; the format itself does not need that: names,
-shapes and dtypes fix every offset, so the header goes first and each tensor to its place when it is ready.
+The `safetensors` package needs all tensors of a file at once. The format itself does not: names, shapes and dtypes
+determine every offset, so the header is written first and each tensor at its offset as soon as it is ready.
 """
 
 import contextlib
@@ -38,30 +38,31 @@ DTYPE_NAMES: dict[np.dtype, str] = {
     ]
 }
 
-_WAYS_OUT = {
+_ADVICE = {
     errno.ENOSPC: "free some space or write to another disk",
     errno.EDQUOT: "free some of the quota or write to another disk",
     errno.EFBIG: "raise the file-size limit (ulimit -f) or write to another file system",
     errno.EACCES: "write to a folder that you own",
     errno.ENOENT: "create the folder first",
 }
+# Errors of a file system that cannot reserve space.
 _NO_RESERVATION = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS}
 
 
 class SafetensorsWriter:
     """A safetensors file open for writing; a context manager.
 
-    The content goes to `<path>.partial` and takes its name in `close`: space is reserved at once, so a file cut short
-    would otherwise look complete and read as zeros. Leaving the `with` block by an exception removes the partial file.
+    The content is written to `<path>.partial`, which `close` renames: since space is reserved at once, an unfinished
+    file would otherwise look complete and read as zeros. An exception in the `with` block removes the partial file.
 
     Args:
         path: the file to create or replace.
         tensors: name -> (dtype, shape) of every tensor that will be written.
-        metadata: the header's `__metadata__`, strings only.
+        metadata: the header's `__metadata__`, with string keys and values.
 
     Raises:
         BarberError: the file cannot be created, or there is no room for it.
-        ValueError: a dtype that safetensors lacks, a reserved name, or metadata that are not strings.
+        ValueError: a dtype that safetensors does not support, a reserved name, or metadata that are not strings.
     """
 
     def __init__(
@@ -76,12 +77,12 @@ class SafetensorsWriter:
         self._unwritten = set(self._specs)
         self._partial = self.path.with_name(self.path.name + ".partial")
         self._file = -1
-        with self._naming_the_file():
+        with self._reporting_os_errors():
             if self.path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             self._file = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
-            with self._naming_the_file():
+            with self._reporting_os_errors():
                 _reserve(self._file, size)
                 _write_all(self._file, header, 0)
         except BaseException:
@@ -89,11 +90,11 @@ class SafetensorsWriter:
             raise
 
     def write(self, name: str, array: np.ndarray) -> None:
-        """Put one tensor, of the dtype and shape announced, in its place. A C-contiguous array is not copied.
+        """Write one tensor, of the declared dtype and shape, at its offset. A C-contiguous array is not copied.
 
         Raises:
             BarberError: the disk, the quota or the file-size limit is exhausted.
-            ValueError: the name is unknown or already written, or dtype or shape differ from the announced ones.
+            ValueError: the name is unknown or already written, or dtype or shape differ from the declared ones.
         """
         if self._file < 0:
             raise ValueError(f"{self.path} is closed")
@@ -103,17 +104,17 @@ class SafetensorsWriter:
             raise ValueError(f"{self.path}: tensor {name} is already written")
         dtype, shape = self._specs[name]
         if array.dtype != dtype or array.shape != shape:
-            raise ValueError(f"{self.path}: tensor {name} is {array.dtype}{array.shape}, announced as {dtype}{shape}")
-        with self._naming_the_file():
+            raise ValueError(f"{self.path}: tensor {name} is {array.dtype}{array.shape}, declared as {dtype}{shape}")
+        with self._reporting_os_errors():
             content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
             _write_all(self._file, memoryview(content), self._offsets[name])
         self._unwritten.remove(name)
 
     def close(self) -> None:
-        """Finish the file and give it its name. Closing twice is harmless.
+        """Finish the file and rename it to its final name. Closing twice is harmless.
 
         Raises:
-            BarberError: the file system refuses the last of the data or the name.
+            BarberError: the file cannot be flushed or renamed.
             ValueError: a tensor was never written; the partial file is removed.
         """
         if self._file < 0:
@@ -123,7 +124,7 @@ class SafetensorsWriter:
             self.abort()
             raise ValueError(f"{self.path}: {len(self._unwritten)} tensors were not written, such as {missing}")
         try:
-            with self._naming_the_file():
+            with self._reporting_os_errors():
                 descriptor, self._file = self._file, -1
                 os.close(descriptor)
                 os.replace(self._partial, self.path)
@@ -132,7 +133,7 @@ class SafetensorsWriter:
             raise
 
     def abort(self) -> None:
-        """Give the file up and remove what was written of it; a file of that name from before is left as it was."""
+        """Discard the file and remove its partial content; an existing file at `path` is left unchanged."""
         if self._file >= 0:
             descriptor, self._file = self._file, -1
             with contextlib.suppress(OSError):
@@ -150,18 +151,18 @@ class SafetensorsWriter:
             self.abort()
 
     @contextlib.contextmanager
-    def _naming_the_file(self) -> Iterator[None]:
+    def _reporting_os_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            way_out = _WAYS_OUT.get(error.errno, "choose another place")
-            raise BarberError(f"cannot write {self.path}: {error.strerror or error}; {way_out}") from error
+            advice = _ADVICE.get(error.errno, "choose another place")
+            raise BarberError(f"cannot write {self.path}: {error.strerror or error}; {advice}") from error
 
 
 def _layout(
     specs: dict[str, tuple[np.dtype, tuple[int, ...]]], metadata: dict[str, str]
 ) -> tuple[bytes, dict[str, int], int]:
-    """The bytes before the data, each tensor's offset in the file, and the size of the whole file."""
+    """Compute the header's bytes, each tensor's offset in the file, and the size of the whole file."""
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise ValueError(f"metadata {key!r} is not a string")
@@ -170,7 +171,7 @@ def _layout(
     entries: dict[str, dict] = {"__metadata__": metadata} if metadata else {}
     starts: dict[str, int] = {}
     end = 0
-    # Widest dtypes first, as the format's own library does: with the header a multiple of 8, every tensor is aligned.
+    # Widest dtypes first, as in the safetensors package; the header is a multiple of 8, so every tensor is aligned.
     for name, (dtype, shape) in sorted(specs.items(), key=lambda item: -item[1][0].itemsize):
         if dtype not in DTYPE_NAMES:
             raise ValueError(f"tensor {name}: safetensors has no dtype {dtype.str} ({dtype})")
@@ -188,7 +189,7 @@ def _layout(
 
 
 def _reserve(file: int, size: int) -> None:
-    """Claim the file's whole size where the system can, so that a full disk shows before hours of work, not after."""
+    """Reserve the file's whole size where possible, so that a full disk is reported before hours of work, not after."""
     if not hasattr(os, "posix_fallocate"):
         return
     try:
@@ -199,7 +200,7 @@ def _reserve(file: int, size: int) -> None:
 
 
 def _write_all(file: int, content: bytes | memoryview, offset: int) -> None:
-    """`os.pwrite` until all is written: one call may write less, and on Linux never more than 2 GiB."""
+    """Call `os.pwrite` until everything is written: one call may write less, and on Linux at most 2 GiB."""
     content = memoryview(content)
     while content:
         written = os.pwrite(file, content, offset)

@@ -1,4 +1,4 @@
-"""PyTorch checkpoints: a folder of pytorch_model.bin, or its shards. PyTorch is imported only here, and only then."""
+"""Reads PyTorch checkpoint folders: pytorch_model.bin or its shards. PyTorch is imported only to open one."""
 
 import pickle
 import re
@@ -11,15 +11,15 @@ from barber_jax.convert.folder import FLOATS, ShardedFolder
 
 WEIGHTS = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
-SAFE_SINCE = (2, 6)
-"""PyTorch before this could be made to run code even where it was asked to load weights only (CVE-2025-32434)."""
+MIN_TORCH_VERSION = (2, 6)
+"""First version whose weights_only=True cannot be made to run code (CVE-2025-32434)."""
 
 
 class TorchBinFolder(ShardedFolder):
-    """A folder with config.json and one or many .bin files that `torch.save` wrote.
+    """A folder with config.json and one or more .bin files written by `torch.save`.
 
-    Files are mapped, and only the tensor asked for is read. Files of PyTorch before 1.6 cannot be: of these, one at a
-    time is held in memory.
+    Files are memory-mapped, so that only the requested tensor is read. Files written by PyTorch before 1.6 cannot be
+    mapped; one of them at a time is held in memory.
     """
 
     weights = WEIGHTS
@@ -30,7 +30,7 @@ class TorchBinFolder(ShardedFolder):
         """Open `folder`.
 
         Raises:
-            BarberError: PyTorch is missing or too old, or a file is damaged or holds more than tensors.
+            BarberError: PyTorch is missing or too old, or a file is damaged or contains more than tensors.
         """
         self._torch = _import_torch(location or str(folder))
         self._unmapped: tuple[Path | None, dict] = (None, {})
@@ -42,14 +42,14 @@ class TorchBinFolder(ShardedFolder):
         }
 
     def _fetch(self, path: Path, name: str) -> np.ndarray:
-        # Loaded anew for each tensor: a file that stays mapped would let resident memory grow to the checkpoint's size.
+        # Reloaded for each tensor: while a file stays mapped, resident memory can grow to the checkpoint's size.
         tensor = self._load(path).get(name)
         if tensor is None:
             raise _damaged(path, f"tensor {name} is gone")
         try:
             bits = tensor.detach().contiguous()
             if tensor.dtype == self._torch.bfloat16:
-                # NumPy has no bfloat16 for PyTorch to give; the bits are the same.
+                # PyTorch cannot convert bfloat16 to NumPy; reinterpret the bits.
                 return bits.view(self._torch.int16).numpy().view(FLOATS["bfloat16"]).copy()
             return bits.numpy().copy()
         except (RuntimeError, TypeError) as error:
@@ -59,7 +59,7 @@ class TorchBinFolder(ShardedFolder):
         return f"{file.removeprefix('pytorch_').removesuffix('.bin')}.safetensors"
 
     def _load(self, path: Path) -> dict:
-        """Every tensor of a file by name."""
+        """Load a file: tensor name -> tensor."""
         held, state = self._unmapped
         if held == path:
             return state
@@ -68,8 +68,8 @@ class TorchBinFolder(ShardedFolder):
                 mapped = handle.read(4) == b"PK\x03\x04"
             state = self._torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as error:
-            # A damaged file raises whatever the pickle's or the archive's reader stumbles over.
-            raise _refusal(path, error) from None
+            # A damaged file can raise any exception of the pickle or zip reader.
+            raise _load_error(path, error) from None
         self._check(path, state)
         if not mapped:
             self._unmapped = (path, state)
@@ -92,7 +92,7 @@ def _import_torch(location: str):
             "or give the checkpoint as safetensors"
         ) from None
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if version < SAFE_SINCE:
+    if version < MIN_TORCH_VERSION:
         raise BarberError(
             f"{location}: PyTorch {torch.__version__} does not read .bin files safely: "
             "pip install -U 'barber_jax[torch]'"
@@ -100,14 +100,14 @@ def _import_torch(location: str):
     return torch
 
 
-def _refusal(path: Path, error: Exception) -> BarberError:
-    """What to say of a file that PyTorch did not load."""
+def _load_error(path: Path, error: Exception) -> BarberError:
+    """The error for a file that PyTorch failed to load."""
     if isinstance(error, pickle.UnpicklingError):
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if asked:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if found:
             return BarberError(
-                f"{path}: refused: it holds more than tensors, it asks to run {asked[1]}; nothing of it was run; "
-                "fetch the checkpoint from a place that you trust, best as safetensors"
+                f"{path}: refused: it contains more than tensors and asks to run {found[1]}; nothing of it was run; "
+                "fetch the checkpoint from a source that you trust, preferably as safetensors"
             )
     return _damaged(path, error)
 

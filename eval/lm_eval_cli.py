@@ -1,6 +1,6 @@
-"""python -m barber_jax.eval.lm_eval_cli: lm-eval's own command line, with `--model barber_jax` known to it.
+"""python -m barber_jax.eval.lm_eval_cli: lm-eval's command line with `--model barber_jax` available.
 
-lm-eval finds models in its own registry and has no plug-ins, so ours is registered first.
+lm-eval has no plug-in mechanism for models, so this command registers the model class before it calls lm-eval.
 """
 
 import sys
@@ -11,7 +11,7 @@ from barber_jax.devices.settings import set_compilation_cache
 
 
 def run(arguments: list[str] | None = None) -> None:
-    """Hand the arguments (None: sys.argv) to lm-eval."""
+    """Run lm-eval's command line with the arguments (None: sys.argv)."""
     with needs("eval"):
         from lm_eval.__main__ import cli_evaluate
 

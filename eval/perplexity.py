@@ -1,6 +1,6 @@
 """python -m barber_jax.eval.perplexity: perplexity of a checkpoint, by the convention of the pruning literature.
 
-data/windows.py says how a text is cut into windows, forward/perplexity.py how they are scored.
+Texts are cut into windows by data/windows.py, and the windows are evaluated by forward/perplexity.py.
 """
 
 import json
@@ -28,36 +28,36 @@ from barber_jax.models import build_model
 
 @dataclass(frozen=True)
 class PerplexityConfig:
-    """Perplexity of a checkpoint: consecutive windows, mean cross-entropy, exponentiated."""
+    """Perplexity of a checkpoint: exp of the mean cross-entropy over consecutive windows of a text."""
 
     ckpt: str
     """Checkpoint to evaluate: a Hugging Face folder, a Hub id, or a .gguf file."""
     length: int
-    """Tokens in a window (L); each gives L-1 predictions."""
+    """Tokens in a window (L), of which L-1 are predicted."""
     text: tuple[Path, ...] = ()
-    """Texts: .txt, .jsonl, .parquet, .arrow or a saved dataset folder; each is measured by itself."""
+    """Texts: .txt, .jsonl, .parquet, .arrow or a saved dataset folder; one perplexity for each."""
     tokens: tuple[Path, ...] = ()
-    """Token ids: .npy of integers, flattened."""
+    """Token ids: .npy of integers, flattened; one perplexity for each."""
     dataset: tuple[Literal["wikitext2", "ptb", "c4"], ...] = ()
-    """Texts from the Hub."""
+    """Datasets from the Hub; one perplexity for each."""
     text_field: str = "text"
     """Column that holds the text, for files with columns."""
     windows: int | None = None
-    """How many windows of each text. Default: all (c4: 256)."""
+    """Windows of each text, from its start. Default: all (c4: 256)."""
     batch: int | None = None
     """Windows in a micro-batch. Default: 8; on CPU as many as make about 1024 tokens."""
     mesh: str | None = None
-    """Devices: data=N,model=M spreads windows over N and linears over M. Default: one device."""
+    """Device mesh: data=N,model=M shards windows over N devices and linears over M. Default: one device."""
     offload_activations: bool = False
-    """Keep the activations of all windows in host memory; a micro-batch at a time is on the device."""
+    """Keep the activations in host memory, except for the micro-batch being computed."""
     compute_dtype: ComputeDtype = "float32"
     """Dtype of activations and matrix products."""
     json: Path | None = None
-    """Also write the result to this file. As perplexity.json beside a run.json, a study finds it."""
+    """Also write the result to this file. A study reads it as perplexity.json in the folder of a run."""
 
     def __post_init__(self):
         if not (self.text or self.tokens or self.dataset):
-            raise BarberError("nothing to measure on; give --text, --tokens or --dataset")
+            raise BarberError("no text to evaluate on; give --text, --tokens or --dataset")
         parse_mesh(self.mesh)
         if self.length < 2:
             raise BarberError(f"--length {self.length} leaves no next token; use at least 2")
@@ -68,25 +68,32 @@ class PerplexityConfig:
 
 
 def evaluate(config: PerplexityConfig) -> list[dict]:
-    """Measure what the options ask for, a result for each text. Raises BarberError for the user's mistakes."""
+    """Perplexity of the checkpoint on each of the configured texts.
+
+    Returns:
+        for each text `ckpt`, `source`, and the result of `forward.perplexity.perplexity`.
+
+    Raises:
+        BarberError: the checkpoint or a text cannot be read, a text is too short, or the mesh does not fit.
+    """
     checkpoint = open_checkpoint(config.ckpt)
     model = build_model(checkpoint.config, jnp.dtype(config.compute_dtype))
     check_tensors(checkpoint, model)
     devices = Devices.of(parse_mesh(config.mesh))
-    # Windows fill up micro-batches, so any number of them divides.
+    # The last micro-batch is padded, so the number of windows need not be a multiple of the data axis.
     devices.check(model.block(), devices.shape[0])
     sources = [(str(path), load_ids(Path(os.path.expanduser(path)))) for path in config.tokens]
     for path in config.text:
         sources.append((str(path), evaluation_ids(checkpoint.tokenizer, path=path, text_field=config.text_field)))
     for name in config.dataset:
         sources.append((name, evaluation_ids(checkpoint.tokenizer, dataset=name)))
-    cut = []
+    texts = []
     for source, ids in sources:
         limit = C4_WINDOWS if config.windows is None and source == "c4" else config.windows
-        cut.append((source, cut_windows(ids, config.length, limit, source, model.vocabulary)))
+        texts.append((source, cut_windows(ids, config.length, limit, source, model.vocabulary)))
     results = []
     with Progress(silent=not is_primary()) as progress:
-        for source, windows in cut:
+        for source, windows in texts:
             with progress.phase(f"perplexity on {Path(source).name}", model.layers, announce=True) as phase:
                 offload = config.offload_activations
                 measured = perplexity(checkpoint, model, windows, config.batch, devices, offload, phase)
@@ -95,13 +102,14 @@ def evaluate(config: PerplexityConfig) -> list[dict]:
 
 
 def run(arguments: list[str] | None = None) -> None:
-    """The command line: prints the perplexity, writes --json."""
+    """Command line: print the perplexity of each text, and write the results to --json."""
     config = parse(PerplexityConfig, "barber_jax.eval.perplexity", arguments)
     set_precision()
     set_compilation_cache(None)
     if config.json is not None and (config.json.is_dir() or not config.json.parent.is_dir()):
-        # Before the work, not after it.
-        raise BarberError(f"--json {config.json} is a folder or lies in none; name a file in a folder that exists")
+        raise BarberError(
+            f"--json {config.json} is a folder or its folder does not exist; name a file in an existing one"
+        )
     results = evaluate(config)
     for result in results:
         name = f"{result['source']}: " if len(results) > 1 else ""
@@ -111,17 +119,17 @@ def run(arguments: list[str] | None = None) -> None:
 
 
 def write_results(results: list[dict], path: Path) -> None:
-    """One result as it is; of several a list under `results`."""
+    """Write the results of `evaluate` as JSON: a single result as the top-level object, several as a list `results`."""
     content = results[0] if len(results) == 1 else {"ckpt": results[0]["ckpt"], "results": results}
     with writing(path):
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def read_results(path: Path) -> list[dict]:
-    """What `write_results` wrote.
+    """Read a file written by `write_results`.
 
     Raises:
-        BarberError: it is something else.
+        BarberError: the file has other content.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -130,7 +138,7 @@ def read_results(path: Path) -> list[dict]:
             return results
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
-    raise BarberError(f"{path}: not what barber_jax.eval.perplexity --json writes; measure again")
+    raise BarberError(f"{path}: not a file written by barber_jax.eval.perplexity --json; measure again")
 
 
 if __name__ == "__main__":

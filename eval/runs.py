@@ -1,4 +1,4 @@
-"""Finished runs as a study sees them: run.json and what was measured of the checkpoint afterwards."""
+"""Read the folders that a study compares: run.json, and perplexity and zero-shot results where there are any."""
 
 import json
 from dataclasses import dataclass, field
@@ -9,15 +9,15 @@ from barber_jax.convert.export import MASKS, RUN, START_MASKS
 from barber_jax.eval.perplexity import read_results
 from barber_jax.reports.run_record import ALLOCATION, load_record
 
-PERPLEXITY, ZERO_SHOT = "perplexity.json", "zero_shot.json"
-"""Beside run.json: what eval.perplexity and eval.zero_shot wrote with --json."""
-REBUILD = ("granularity", "alpha", "metric", "retain_reconstruction")
-"""Options that only a rebuild looks at."""
-STAGES = (
+PERPLEXITY_FILE, ZERO_SHOT_FILE = "perplexity.json", "zero_shot.json"
+"""Results that eval.perplexity and eval.zero_shot wrote with --json, in the same folder as run.json."""
+REBUILD_OPTIONS = ("granularity", "alpha", "metric", "retain_reconstruction")
+"""Options without effect under --no-rebuild."""
+OTHER_STAGE_OPTIONS = (
     *("token_weighting", "target", "rounds", "refine"),
     *("reconstruct", "reconstruct_rate", "reconstruct_batch", "reconstruct_scope"),
 )
-"""Options of what else follows the starting masks."""
+"""Options of the stages besides the rebuild, and options that all stages share."""
 
 
 @dataclass
@@ -25,11 +25,12 @@ class Run:
     """One folder of a study.
 
     Attributes:
-        name: what tables call it.
-        record: the content of run.json; None for a folder with measurements alone, as of a dense model.
-        perplexity: source -> perplexity.
-        zero_shot: task -> accuracy, and their `mean`.
-        limit: documents of each zero-shot task at most; None for all.
+        name: label in tables and plots.
+        folder: where it was read from.
+        record: content of run.json; None for a folder that holds evaluation results only, as for a dense model.
+        perplexity: path or dataset name of a text -> perplexity.
+        zero_shot: task -> accuracy in [0, 1], and `mean` over the tasks.
+        limit: largest number of documents evaluated for each zero-shot task; None for all.
     """
 
     name: str
@@ -41,23 +42,27 @@ class Run:
 
     @property
     def masks(self) -> Path | None:
-        """The mask file."""
+        """The mask file; None without run.json."""
         return self.folder / MASKS if self.record else None
 
     @property
     def start_masks(self) -> Path | None:
-        """The masks that the rebuild started from, where they are still to be had."""
+        """The file with the starting masks; None if it was not saved or no longer exists."""
         if self.record is None:
             return None
         options = self.record["options"]
-        places = [self.folder / START_MASKS]
-        places += [Path(options["masks"]).expanduser()] if options.get("masks") else []
-        places += [Path(options["sparse_ckpt"]).expanduser() / MASKS] if options.get("sparse_ckpt") else []
-        return next((place for place in places if place.is_file()), None)
+        candidates = [self.folder / START_MASKS]
+        candidates += [Path(options["masks"]).expanduser()] if options.get("masks") else []
+        candidates += [Path(options["sparse_ckpt"]).expanduser() / MASKS] if options.get("sparse_ckpt") else []
+        return next((path for path in candidates if path.is_file()), None)
 
     @property
     def settings(self) -> dict:
-        """The options that decide what the run computes, with the starting criterion whatever way it came."""
+        """Options that determine the result, by name.
+
+        A run that was given its starting masks has the method and allocation of the run that made them. Options of the
+        rebuild are None where there was none.
+        """
         if self.record is None:
             return {}
         options, start = self.record["options"], self.record.get("started_from")
@@ -66,49 +71,54 @@ class Run:
         kept = {key: value for key, value in options.items() if key not in skipped}
         if start:
             kept |= {name: start[name] for name in ("method", *ALLOCATION) if name in start}
-        # What sparsegpt's starting mask has is a hair more than what was asked for.
+        # SparseGPT's starting masks are slightly sparser than --sparsity.
         kept["sparsity"] = round(kept["sparsity"], 4)
         if not options["rebuild"]:
-            kept |= dict.fromkeys(REBUILD)
+            kept |= dict.fromkeys(REBUILD_OPTIONS)
         return kept
 
     @property
     def seconds(self) -> float | None:
-        """Of the whole run, and of the one that made its starting masks."""
+        """Seconds of the whole run, including the run that made its starting masks."""
         if self.record is None:
             return None
         return self.record["totals"]["seconds"] + self.record.get("started_from", {}).get("seconds", 0.0)
 
     @property
     def model(self) -> dict | None:
-        """What tells one model from another: its description and the number of weights looked at."""
+        """Identity of the model, to tell different models apart: its description and its number of prunable weights."""
         if self.record is None:
             return None
         return {**self.record["model"], "weights": self.record["totals"]["weights"]}
 
 
 def load_run(folder: Path, name: str | None = None) -> Run:
-    """Read a folder.
+    """Read a folder of a study.
+
+    Args:
+        name: label of the run; None: the folder's name.
 
     Raises:
-        BarberError: it holds neither a run nor measurements, or they are damaged or of another version.
+        BarberError: the folder holds neither run.json nor evaluation results, or a file is damaged or of another
+            version.
     """
     folder = folder.expanduser()
-    measured = [folder / name for name in (PERPLEXITY, ZERO_SHOT)]
-    if not (folder / RUN).is_file() and not any(path.is_file() for path in measured):
+    perplexity_file, zero_shot_file = folder / PERPLEXITY_FILE, folder / ZERO_SHOT_FILE
+    if not any(path.is_file() for path in (folder / RUN, perplexity_file, zero_shot_file)):
         raise BarberError(f"{folder}: holds no {RUN}; give a folder that barber_jax.prune wrote")
     record = load_record(folder) if (folder / RUN).is_file() else None
     run = Run(name or folder.resolve().name, folder, record)
     if record and "perplexity" in record:
         run.perplexity[record["perplexity"]["source"]] = record["perplexity"]["perplexity"]
-    if measured[0].is_file():
-        run.perplexity |= {each["source"]: each["perplexity"] for each in read_results(measured[0])}
-    if measured[1].is_file():
-        run.zero_shot, run.limit = _zero_shot(measured[1])
+    if perplexity_file.is_file():
+        run.perplexity |= {each["source"]: each["perplexity"] for each in read_results(perplexity_file)}
+    if zero_shot_file.is_file():
+        run.zero_shot, run.limit = _read_zero_shot(zero_shot_file)
     return run
 
 
-def _zero_shot(path: Path) -> tuple[dict[str, float], int | None]:
+def _read_zero_shot(path: Path) -> tuple[dict[str, float], int | None]:
+    """Accuracies of a file written by eval.zero_shot, with their `mean` where there is one, and the document limit."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if (content["format"], content["version"]) == ("barber_jax.zero_shot", 1):
@@ -116,11 +126,15 @@ def _zero_shot(path: Path) -> tuple[dict[str, float], int | None]:
             return accuracies | ({"mean": content["mean"]} if "mean" in content else {}), content["limit"]
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
-    raise BarberError(f"{path}: not what this version's barber_jax.eval.zero_shot --json writes; measure again")
+    raise BarberError(f"{path}: not a file written by this version's barber_jax.eval.zero_shot --json; measure again")
 
 
 def load_runs(folders: list[Path]) -> list[Run]:
-    """Read folders; those of the same name are called by their paths."""
+    """Read the folders of a study; folders with equal names are labelled with their paths.
+
+    Raises:
+        BarberError: see `load_run`.
+    """
     runs = [load_run(folder) for folder in folders]
     names = [run.name for run in runs]
     for run in runs:

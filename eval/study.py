@@ -1,4 +1,4 @@
-"""python -m barber_jax.eval.study: runs side by side (methods, devices, dtypes), as Markdown, JSON and HTML."""
+"""python -m barber_jax.eval.study: compare runs (methods, devices, dtypes) in Markdown, JSON and HTML."""
 
 import json
 import os
@@ -12,40 +12,40 @@ from rich.console import Console
 from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.files import writing
-from barber_jax.eval.agreement import agreement, refusal
+from barber_jax.eval.agreement import agreement, incomparable_reason
 from barber_jax.eval.grid import read_grid, run_grid
 from barber_jax.eval.runs import Run, load_runs
 from barber_jax.eval.study_page import page_parts
-from barber_jax.eval.tables import Pairs, agreement_table, columns, markdown, over_seeds
+from barber_jax.eval.tables import Pairs, agreement_table, markdown, runs_table, seeds_table
 
-PAIRS = 30
-"""More pairs of runs than these are for the page alone."""
+MAX_PRINTED_PAIRS = 30
+"""With more pairs of runs than this, study.md leaves the agreement table to study.html."""
 
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """Compare runs of barber_jax.prune, or run a grid of settings and compare those."""
+    """Compare runs of barber_jax.prune, or prune with a grid of settings and compare the results."""
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     """Folders that barber_jax.prune wrote; perplexity.json and zero_shot.json in them are read too."""
     out: Path = Path("study")
-    """Folder to write study.md, study.json and study.html into; with --grid also the runs."""
+    """Folder to write study.md, study.json and study.html to; with --grid also the runs."""
     grid: tuple[Path, ...] = ()
-    """Run the settings of these YAML or TOML files first, put together; what is done already is not done again."""
+    """YAML or TOML files, merged into one grid; its unfinished runs are run before the comparison."""
     ckpt: str | None = None
     """With --grid: the checkpoint to prune."""
     agreement: Literal["auto", "require", "skip"] = "auto"
-    """Whether to compare masks: auto does where all runs are of one model, require refuses where they are not."""
+    """Compare masks: auto = if all runs prune the same model, require = fail if they do not, skip = never."""
 
     def __post_init__(self):
         if bool(self.grid) != bool(self.ckpt):
-            raise BarberError("--grid and --ckpt go together: what to run, and on which checkpoint")
+            raise BarberError("--grid and --ckpt go together; give both, or neither")
         if not self.grid and not self.folders:
             raise BarberError("nothing to compare; give folders of runs, or --grid FILE --ckpt CHECKPOINT")
 
 
 def as_json(runs: list[Run], pairs: Pairs) -> dict:
-    """The whole study for scripts."""
+    """Content of study.json."""
     described = [
         {
             "name": run.name,
@@ -71,25 +71,34 @@ def as_json(runs: list[Run], pairs: Pairs) -> dict:
 
 
 def study(runs: list[Run], out: Path, compare: str = "auto") -> str:
-    """Write study.md, study.json and study.html; returns the first.
+    """Compare runs and write study.md, study.json and study.html.
 
     Args:
+        out: folder to write to.
         compare: whether to compare masks, see `StudyConfig.agreement`.
 
+    Returns:
+        the content of study.md.
+
     Raises:
-        BarberError: masks cannot be compared but must be, or nothing can be written.
+        BarberError: `compare` is "require" and the masks cannot be compared, a mask file is damaged, or `out` cannot
+            be written.
     """
     from barber_jax.reports.page import page
 
-    # `agreement` raises the reason where there is one.
-    reason = {"auto": refusal(runs), "require": None, "skip": "masks were not compared, as asked"}[compare]
+    # With "require", `agreement` raises if the masks cannot be compared.
+    reason = {
+        "auto": incomparable_reason(runs),
+        "require": None,
+        "skip": "masks were not compared (--agreement skip)",
+    }[compare]
     pairs = [] if reason else agreement(runs)
-    table, seeds = columns(runs), over_seeds(runs)
+    table, seeds = runs_table(runs), seeds_table(runs)
     text = markdown(*table)
     if seeds:
         text += "\nOver seeds, mean ± standard deviation:\n\n" + markdown(*seeds)
-    if len(pairs) > PAIRS:
-        text += f"\nAgreement of masks: {len(pairs)} pairs, in study.html and study.json\n"
+    if len(pairs) > MAX_PRINTED_PAIRS:
+        text += f"\nAgreement of masks: {len(pairs)} pairs, see study.html and study.json\n"
     elif pairs:
         text += "\nAgreement of masks (Jaccard index):\n\n" + markdown(*agreement_table(pairs))
     else:
@@ -104,7 +113,7 @@ def study(runs: list[Run], out: Path, compare: str = "auto") -> str:
 
 
 def run(arguments: list[str] | None = None) -> None:
-    """The command line: prints the tables, writes the files."""
+    """Command line: run the grid if there is one, print the tables, write the files."""
     config = parse(StudyConfig, "barber_jax.eval.study", arguments)
     out = Path(os.path.expanduser(config.out))
     folders = list(config.folders)

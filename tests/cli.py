@@ -8,24 +8,37 @@ from pathlib import Path
 import numpy as np
 
 from barber_jax import prune
-from barber_jax.masks.mask_file import read_masks
+from barber_jax.masks import read_masks
 
 ORACLES = Path(__file__).parent / "oracles"
 
 
 def command(module: str, *arguments, devices: int = 1) -> subprocess.CompletedProcess:
-    """`python -m barber_jax.<module>` in a process of its own, which sees so many virtual devices."""
+    """`python -m barber_jax.<module>` in a process of its own, which sees this many virtual devices."""
     line = [sys.executable, "-m", f"barber_jax.{module}", *map(str, arguments)]
-    environment = {
-        **os.environ,
-        **({"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} if devices > 1 else {}),
-    }
-    return subprocess.run(line, capture_output=True, text=True, timeout=600, env=environment)
+    return subprocess.run(line, capture_output=True, text=True, timeout=600, env=environment(devices))
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    """Environment variables for a process that sees this many virtual devices."""
+    rest = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return rest | ({"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} if devices > 1 else {})
 
 
 def prune_masks(out: Path, ckpt, ids, *options) -> dict[str, np.ndarray]:
     """Prune through the command line's own entry, in this process; HF name -> bool [out, in] mask."""
     arguments = ["--ckpt", ckpt, "--out", out, "--calibration", ids, *options]
     prune.run([str(argument) for argument in arguments])
-    masks = read_masks(out / "masks.safetensors")
+    return masks_of(out)
+
+
+def masks_of(folder: Path, file: str = "masks.safetensors") -> dict[str, np.ndarray]:
+    """HF name -> bool [out, in] mask of a pruned folder."""
+    masks = read_masks(folder / file)
     return {name: masks.read(name) for name in masks.names()}
+
+
+def agreement(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
+    """Fraction of all weights on which two models' masks agree."""
+    assert one.keys() == other.keys()
+    return sum((other[name] == mask).sum() for name, mask in one.items()) / sum(mask.size for mask in one.values())

@@ -1,15 +1,15 @@
-"""Console: what every command shares, from errors to progress.
+"""Console: command-line code that every command shares: parsing, errors, progress, interrupts.
 
 May import: nothing of this package.
 
 | module | what it holds |
 |---|---|
-| `errors` | `BarberError`, the one line that a user sees |
+| `errors` | `BarberError`, printed as one line with exit status 2 |
 | `command`, `options` | command-line parsing; groups of options |
 | `extras` | optional packages |
-| `progress` | the live bar and plain lines on stderr |
-| `interrupt` | Ctrl-C that is not lost |
-| `files` | errors of the file system |
+| `progress` | live progress bar, or plain lines, on stderr |
+| `interrupt` | reliable handling of Ctrl-C |
+| `files` | file-system errors while writing |
 """
 
 from barber_jax.console.errors import BarberError, DamagedInput, exit_with_one_line

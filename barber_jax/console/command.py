@@ -1,4 +1,4 @@
-"""Command-line parsing: options from a dataclass, a mistake as one line."""
+"""Parse the command line into dataclasses of options, with parsing errors as one line."""
 
 import contextlib
 import dataclasses
@@ -15,21 +15,26 @@ Options = TypeVar("Options")
 
 
 def parse(options: type[Options], program: str, arguments: list[str] | None = None) -> Options:
-    """Options from the command line (None: sys.argv).
+    """Parse the command line into an instance of the dataclass `options`.
+
+    Args:
+        program: module name to show in `--help`, such as `barber_jax.prune`.
+        arguments: default sys.argv.
 
     Raises:
-        BarberError: an option is unknown, missing or of the wrong type. tyro prints a box for that; scripts rely on
-            one line.
+        BarberError: an option is unknown, missing or of the wrong type. tyro prints a box of text in these cases, but
+            scripts rely on one line.
         SystemExit: after --help.
     """
-    said = io.StringIO()
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(stderr):
             return tyro.cli(tyro.conf.DisallowNone[options], prog=f"python -m {program}", args=arguments)
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise BarberError(f"{_gist(said.getvalue()) or 'bad options'}; see python -m {program} --help") from None
+        message = _error_message(stderr.getvalue()) or "invalid options"
+        raise BarberError(f"{message}; see python -m {program} --help") from None
 
 
 def parse_groups(
@@ -39,39 +44,39 @@ def parse_groups(
     arguments: list[str] | None = None,
     defaults: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Options from the command line, in several groups that `--help` shows under headings of their own.
+    """Parse the command line into several groups of options, which `--help` lists under separate headings.
 
     Args:
-        command: its docstring's first paragraph describes the command.
+        command: class whose docstring's first paragraph describes the command in `--help`.
         groups: heading -> dataclass of options.
         program, arguments: as for `parse`.
-        defaults: option -> default, where it is not its group's.
+        defaults: option -> default, overriding the group's.
 
     Returns:
-        option -> value, of all groups.
+        option -> value, for the options of all groups.
 
     Raises:
         BarberError, SystemExit: as `parse`.
     """
     fields = []
     for heading, group in groups.items():
-        own = {field.name for field in dataclasses.fields(group)} & (defaults or {}).keys()
-        default = group(**{name: defaults[name] for name in own}) if own else dataclasses.MISSING
+        changed = {field.name for field in dataclasses.fields(group)} & (defaults or {}).keys()
+        default = group(**{name: defaults[name] for name in changed}) if changed else dataclasses.MISSING
         fields.append((heading, group, dataclasses.field(default=default)))
-    whole = dataclasses.make_dataclass(command.__name__, fields, frozen=True, kw_only=True)
-    whole.__doc__ = (command.__doc__ or "").partition("\n\n")[0]
-    parsed = parse(tyro.conf.OmitArgPrefixes[whole], program, arguments)
+    combined = dataclasses.make_dataclass(command.__name__, fields, frozen=True, kw_only=True)
+    combined.__doc__ = (command.__doc__ or "").partition("\n\n")[0]
+    parsed = parse(tyro.conf.OmitArgPrefixes[combined], program, arguments)
     return {name: value for heading in groups for name, value in vars(getattr(parsed, heading)).items()}
 
 
-def _gist(box: str) -> str:
-    """What is wrong, from the box of text that tyro prints: its first paragraph, and the names it lists."""
+def _error_message(box: str) -> str:
+    """Extract a one-line message from the box of text that tyro prints: its first paragraph and suggested options."""
     title, *lines = re.sub(r"\x1b\[[0-9;]*m", "", box).strip().splitlines() or [""]
-    # Frame and rules go; where the output's encoding has no lines to draw, rules are hyphens and there is no frame.
+    # Strip the frame and the rules. In an encoding without box-drawing characters rules are hyphens, without a frame.
     lines = [re.sub(r"^-{3,}$", "", line.strip("│╭╮╰╯─ ")) for line in lines]
     first, _, rest = "\n".join(lines).strip().partition("\n\n")
     names = re.compile(r"^--[\w-]+", re.MULTILINE)
     if first.startswith("Missing from"):
         return "missing " + ", ".join(names.findall(first))
-    meant = ", ".join(names.findall(rest)) if rest.startswith("Perhaps you meant") else ""
-    return " ".join(first.split()).rstrip(".") + (f" (perhaps you meant {meant})" if meant else "") or title
+    suggested = ", ".join(names.findall(rest)) if rest.startswith("Perhaps you meant") else ""
+    return " ".join(first.split()).rstrip(".") + (f" (perhaps you meant {suggested})" if suggested else "") or title

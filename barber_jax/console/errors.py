@@ -1,4 +1,4 @@
-"""Errors that a user can mend, and how a command line shows them: one line."""
+"""Errors that the user can fix, and how a command reports them: as one line on stderr."""
 
 import os
 import sys
@@ -8,35 +8,35 @@ from barber_jax.console import interrupt
 
 
 class BarberError(Exception):
-    """A mistake that the user can mend: one line that names the file, option or tensor, and the way out."""
+    """An error that the user can fix: its one-line message names the file, option or tensor and says what to do."""
 
 
 class DamagedInput(BarberError):
-    """An input is damaged and must be fetched again, so that an unfinished run cannot be resumed with it."""
+    """An input file is damaged and must be replaced, after which an unfinished run cannot be resumed."""
 
 
 def exit_with_one_line(main: Callable[[], None]) -> None:
-    """Run a command's `main`; turn `BarberError` into `error: ...` on stderr and exit status 2.
+    """Run a command's `main` and report expected errors as one line `error: ...` on stderr, without a traceback.
 
-    So is an `OSError` that names a file.
+    `BarberError` and any `OSError` that names a file give exit status 2, `KeyboardInterrupt` gives 130.
     """
-    # transformers says on import that models need PyTorch; no command of ours uses its models without asking for torch.
+    # On import transformers warns that PyTorch is missing; commands that need PyTorch check for it themselves.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    interrupt.watch()
+    interrupt.install_handler()
     try:
-        with interrupt.translated():
+        with interrupt.reraised():
             main()
     except BarberError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:
-        # A path that the system refuses (too long, forbidden, gone meanwhile). Without a name it is no such thing.
+        # With a file name it is a path that the system refuses: too long, not permitted, or deleted meanwhile.
         if error.filename is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}; give another path or mend this one", file=sys.stderr)
+        print(f"error: {error.filename}: {error.strerror}; fix this path or give another path", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
-        interrupt.unwatch()
+        interrupt.exit_on_interrupt()

@@ -1,4 +1,4 @@
-"""Packages that only some commands need."""
+"""Imports of optional packages, with an error that says how to install them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,14 +8,17 @@ from barber_jax.console.errors import BarberError
 
 @contextmanager
 def needs(extra: str) -> Iterator[None]:
-    """Around imports from an optional group of pyproject.toml.
+    """Context manager for imports of packages from an optional dependency group of pyproject.toml.
+
+    Args:
+        extra: name of the group, such as `torch`.
 
     Raises:
-        BarberError: one of them is not installed; the line says how to install it.
+        BarberError: a package is not installed; the message says how to install it.
     """
     try:
         yield
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("barber_jax"):
             raise
-        raise BarberError(f"{error.name} is not installed; pip install 'barber_jax[{extra}]' brings it") from error
+        raise BarberError(f"{error.name} is not installed; pip install 'barber_jax[{extra}]' installs it") from error

@@ -1,5 +1,7 @@
-"""Ctrl-C that is not lost: a `KeyboardInterrupt` raised within a callback of JAX's (on garbage collection, say) goes no
-further, so that a run would go on as if nobody had asked it to end.
+"""Handle Ctrl-C reliably.
+
+A `KeyboardInterrupt` raised inside a callback of JAX (during garbage collection, for example) is swallowed there, and
+the run would continue. The signal handler here also remembers the interrupt, and `check` raises it again.
 """
 
 import contextlib
@@ -7,25 +9,27 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
-_noticed = False
+_interrupted = False
 
 
-def watch() -> None:
-    """Remember Ctrl-C from now on, besides raising `KeyboardInterrupt`; from the main thread, and not where a shell has
-    set it to be ignored."""
+def install_handler() -> None:
+    """From now on remember Ctrl-C, besides raising `KeyboardInterrupt`. Call it from the main thread.
+
+    Does nothing where the shell has set SIGINT to be ignored.
+    """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _notice)
+        signal.signal(signal.SIGINT, _handle)
 
 
-def unwatch() -> None:
-    """Let Ctrl-C end the process at once, without a traceback out of some clean-up at its exit."""
-    if signal.getsignal(signal.SIGINT) is _notice:
+def exit_on_interrupt() -> None:
+    """From now on let Ctrl-C end the process at once, so that clean-up at exit prints no traceback."""
+    if signal.getsignal(signal.SIGINT) is _handle:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
-def translated() -> Iterator[None]:
-    """Turn the error that an interrupted C++ function may raise in its place back into `KeyboardInterrupt`."""
+def reraised() -> Iterator[None]:
+    """Raise `KeyboardInterrupt` in place of any other error after Ctrl-C: interrupted C++ code may raise its own."""
     try:
         yield
     except Exception:
@@ -34,12 +38,12 @@ def translated() -> Iterator[None]:
 
 
 def check() -> None:
-    """Raise `KeyboardInterrupt` if there was one."""
-    if _noticed:
+    """Raise `KeyboardInterrupt` if Ctrl-C was pressed since `install_handler`."""
+    if _interrupted:
         raise KeyboardInterrupt
 
 
-def _notice(signum: int, frame: FrameType | None) -> None:
-    global _noticed
-    _noticed = True
+def _handle(signum: int, frame: FrameType | None) -> None:
+    global _interrupted
+    _interrupted = True
     raise KeyboardInterrupt

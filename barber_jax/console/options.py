@@ -1,7 +1,7 @@
-"""Options that several commands share: how a group of them fills in its defaults and refuses bad values.
+"""Groups of options: the base class that fills in defaults and rejects invalid values.
 
-A group is a frozen dataclass that lies beside the code it is for, such as `RebuildOptions` beside the rebuild. A
-command's configuration inherits from its groups; `settle` of each is called once all values are set.
+A group is a frozen dataclass defined beside the code that it configures, such as `RebuildOptions` beside the rebuild.
+A command's configuration inherits from its groups; `settle` of each is called once all values are set.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from barber_jax.console.errors import BarberError
 
 
 def flag(option: str) -> str:
-    """`reconstruct_rate` -> `--reconstruct-rate`."""
+    """Command-line form of an option's name: `reconstruct_rate` -> `--reconstruct-rate`."""
     return f"--{option.replace('_', '-')}"
 
 
@@ -18,21 +18,21 @@ class OptionGroup:
     """A group of options. Subclasses are frozen dataclasses with `kw_only=True`."""
 
     def settle(self) -> None:
-        """Fill in defaults that depend on other options, and raise `BarberError` for a value that cannot be used."""
+        """Fill in defaults that depend on other options; raise `BarberError` for an invalid value."""
 
     def _set(self, option: str, value: Any) -> None:
-        """Set an option of a frozen dataclass; for `settle` alone."""
+        """Set an option although the dataclass is frozen. To be called from `settle` only."""
         object.__setattr__(self, option, value)
 
     def _require_least(self, least: int, *options: str) -> None:
-        """Raise BarberError where an option is given and below `least`."""
+        """Raise `BarberError` if an option is given (not None) and below `least`."""
         for option in options:
             value = getattr(self, option)
             if value is not None and value < least:
                 raise BarberError(f"{flag(option)} {value} must be at least {least}")
 
     def _require_most(self, most: int, *options: str) -> None:
-        """Raise BarberError where an option is above `most`."""
+        """Raise `BarberError` if an option is above `most`."""
         for option in options:
             value = getattr(self, option)
             if value > most:

@@ -1,4 +1,4 @@
-"""Progress of a command on stderr: a live bar on a terminal, a plain line now and then elsewhere."""
+"""Show a command's progress on stderr: a live bar on a terminal, otherwise a plain line now and then."""
 
 import sys
 import time
@@ -12,17 +12,17 @@ from rich.progress import Progress as Bar
 
 
 class Progress:
-    """Progress of a command that has one or several phases; a context manager.
+    """Progress of a command that has one or several phases. A context manager.
 
     Args:
-        verbose: a line for every sub-block.
+        verbose: print a line for every sub-block.
         plain_every: seconds between lines where stderr is not a terminal.
-        silent: print nothing at all, as where another process does.
+        silent: print nothing, for the processes of a multi-host run other than the primary one.
     """
 
     def __init__(self, verbose: bool = False, plain_every: float = 20.0, silent: bool = False):
         self.verbose, self.plain_every = verbose, plain_every
-        # Not a terminal: no wrapping to rich's default of 80 columns, a log line stays one line.
+        # In a log file a line must stay one line: rich would wrap it at 80 columns.
         width = None if sys.stderr.isatty() else 10_000
         self._console = Console(file=sys.stderr, highlight=False, width=width, quiet=silent)
         self.bar = Bar(
@@ -39,7 +39,7 @@ class Progress:
 
     @property
     def live(self) -> bool:
-        """Whether there is a live bar."""
+        """Whether a live bar is shown."""
         return self._console.is_terminal
 
     def __enter__(self) -> "Progress":
@@ -55,7 +55,11 @@ class Progress:
 
     @contextmanager
     def phase(self, name: str, total: int, announce: bool = False) -> Iterator["Phase"]:
-        """A phase of `total` decoder blocks, with a bar of its own; `announce`: one line where there is no bar."""
+        """Context manager for a phase of `total` decoder blocks, with its own bar.
+
+        Args:
+            announce: print a line when the phase starts, where there is no live bar.
+        """
         if announce and not self.live:
             self.say(f"{name} ...")
         phase = Phase(self, name, total)
@@ -66,33 +70,33 @@ class Progress:
 
 
 class Phase:
-    """A phase of a command; see `Progress.phase`."""
+    """One phase of a command; created by `Progress.phase`."""
 
     def __init__(self, progress: Progress, name: str, total: int):
         self._progress, self._name, self._total, self._done = progress, name, total, 0
         self.task = progress.bar.add_task(name, total=total, note="")
-        self._start = self._spoke = time.monotonic()
+        self._start = self._last_line = time.monotonic()
 
     def stage(self, block: int, name: str) -> None:
-        """Show what is being done to a block."""
+        """Show beside the bar which stage a block is in."""
         self._progress.bar.update(self.task, description=f"{self._name}: block {block} {name}")
 
     def advance(self, note: str = "", detail: str = "") -> None:
-        """A block is done; `note` is shown beside the bar, `detail` in a plain line."""
+        """Count one more finished block; `note` is shown beside the bar, `detail` in a plain line."""
         self._done += 1
         self._progress.bar.update(self.task, advance=1, note=note)
         now = time.monotonic()
-        if self._progress.live or self._progress.verbose or now - self._spoke <= self._progress.plain_every:
+        if self._progress.live or self._progress.verbose or now - self._last_line <= self._progress.plain_every:
             return
-        self._spoke = now
+        self._last_line = now
         left = (now - self._start) / self._done * (self._total - self._done)
         more = f"; {detail}" if detail else ""
         self._progress.say(f"{self._name}: {self._done} of {self._total} blocks done, about {left:.0f} s left{more}")
 
-    def finished(self, record: dict) -> None:
-        """A block is pruned; `record` is its entry in run.json."""
-        lines = [f"block {record['block']} {_summary(sub)}" for sub in record["sub_blocks"]]
-        self.advance(_losses(record["sub_blocks"][-1]), lines[-1])
+    def block_pruned(self, record: dict) -> None:
+        """Count a pruned block and report its losses and swaps; `record` is its entry in run.json."""
+        lines = [f"block {record['block']} {_format_sub_block(sub)}" for sub in record["sub_blocks"]]
+        self.advance(_format_losses(record["sub_blocks"][-1]), lines[-1])
         if self._progress.verbose:
             for line in lines:
                 self._progress.say(line)
@@ -102,7 +106,13 @@ class Phase:
 
 @dataclass
 class Stopwatch:
-    """Seconds spent in each stage of one block."""
+    """Measures the seconds spent in each stage of one block.
+
+    Attributes:
+        phase: shows the current stage.
+        block: index of the block.
+        seconds: stage -> seconds.
+    """
 
     phase: Phase
     block: int
@@ -110,21 +120,21 @@ class Stopwatch:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage; its results must be ready, not just dispatched, when it ends."""
+        """Context manager that times a stage. Inside it, wait for the results: JAX dispatches asynchronously."""
         self.phase.stage(self.block, name)
         start = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def _losses(sub: dict) -> str:
+def _format_losses(sub: dict) -> str:
     if "loss_before" not in sub:
         return ""
     return f"loss {sub['loss_before']:.4g} -> {sub['loss_after']:.4g}"
 
 
-def _summary(sub: dict) -> str:
-    parts = [f"{sub['name']}: sparsity {sub['sparsity']:.4f}", _losses(sub)]
+def _format_sub_block(sub: dict) -> str:
+    parts = [f"{sub['name']}: sparsity {sub['sparsity']:.4f}", _format_losses(sub)]
     if "swaps" in sub:
         parts.append(f"{sub['swaps']} swaps")
     return ", ".join(part for part in parts if part)

@@ -1,4 +1,4 @@
-"""Criteria: which weights are pruned before the first stage, and how sparsity is allocated to blocks.
+"""Criteria: starting masks, by a pruning criterion or given, and the allocation of sparsity to blocks.
 
 May import: console, masks, models, data, convert, devices, forward.
 
@@ -6,8 +6,8 @@ May import: console, masks, models, data, convert, devices, forward.
 |---|---|
 | `base` | the criterion protocol |
 | `magnitude`, `wanda`, `sparsegpt` | one criterion each |
-| `starting` | starting masks of block after block: by a criterion, from a mask file, from a pruned checkpoint |
-| `allocation` | OWL: less sparsity for blocks with more outliers |
+| `starting` | starting masks of each block: by a criterion, from a mask file, or from a pruned checkpoint |
+| `allocation` | OWL: lower sparsity for blocks with more outliers |
 """
 
 from barber_jax.criteria import magnitude, sparsegpt, wanda

@@ -1,13 +1,13 @@
-"""How much to prune in each block: OWL, outlier weighed layerwise sparsity (Yin et al., arXiv 2310.05175).
+"""Allocate sparsity to blocks by OWL, outlier weighed layerwise sparsity (Yin et al., arXiv 2310.05175).
 
-In the dense model, for all prunable weights of a block together, with X_j a linear's input:
+Over all prunable weights of a block of the dense model, with X_j an input of the weight's linear:
 
     A_ij = |W_ij| * ||X_j||_2
-    D    = fraction of them with A_ij > M * mean(A)                 the block's outlier ratio
+    D    = fraction of weights with A_ij > M * mean(A)              the block's outlier ratio
 
-A block that holds more outliers keeps more: the fractions kept are D scaled to a span of 2 lambda between the lowest
-and the highest block, and shifted so that their mean is what is kept overall. As the authors' code does it, the mean is
-that of the whole block, so that a matrix of large scores counts as one of outliers.
+A block with a higher outlier ratio keeps more weights: the fractions kept are D, scaled so that the lowest and the
+highest block are 2 lambda apart and shifted so that their mean is the fraction kept overall. As in the authors' code,
+mean(A) is taken over the whole block, so a matrix whose scores are all large consists of outliers.
 """
 
 import math
@@ -26,7 +26,7 @@ from barber_jax.console.options import OptionGroup, flag
 from barber_jax.console.progress import Phase, Progress
 from barber_jax.convert.checkpoint import Checkpoint
 from barber_jax.criteria import wanda
-from barber_jax.devices.mesh import Devices, share
+from barber_jax.devices.mesh import Devices, broadcast_from_primary
 from barber_jax.forward import dense, passes
 from barber_jax.forward.passes import Parameters
 from barber_jax.forward.streams import Stream
@@ -34,22 +34,22 @@ from barber_jax.models.decoder import SubBlock
 from barber_jax.models.family import Model
 from barber_jax.models.sharding import constrain
 
-MOST_PRUNED = 0.99
-"""Of any block, where not more is asked for of all."""
+MAX_SPARSITY = 0.99
+"""Highest sparsity of a block. Where the overall sparsity p is above 0.98, the bound is (1 + p) / 2 instead."""
 OWL_LAMBDA, OWL_M = 0.08, 5.0
-"""As published for LLaMA (arXiv 2310.05175)."""
+"""Default lambda and M, as published for LLaMA (arXiv 2310.05175)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AllocationOptions(OptionGroup):
-    """How sparsity is allocated to blocks."""
+    """Allocation of sparsity to blocks."""
 
     allocate: Literal["uniform", "owl"] = "uniform"
-    """Sparsity of each block: uniform, or owl = less where the dense model has more outliers."""
+    """Sparsity of each block: uniform, or owl = lower where the dense model has more outliers."""
     owl_lambda: float | None = None
-    """With owl: how far a block may lie from --sparsity, about. Default 0.08."""
+    """With owl: how far, approximately, a block's sparsity may differ from --sparsity. Default 0.08."""
     owl_m: float | None = None
-    """With owl: a score this many times its block's mean counts as an outlier. Default 5."""
+    """With owl: a score above this many times its block's mean is an outlier. Default 5."""
 
     def settle(self) -> None:
         options = {"owl_lambda": OWL_LAMBDA, "owl_m": OWL_M}
@@ -66,43 +66,44 @@ class AllocationOptions(OptionGroup):
             raise BarberError(f"--owl-m {self.owl_m:g} must be a finite number above 0")
 
 
-def allocate(ratios: Sequence[float], sparsity: float, reach: float) -> list[float]:
-    """The fraction to prune in each block.
+def allocate(ratios: Sequence[float], sparsity: float, half_range: float) -> list[float]:
+    """Compute the fraction to prune in each block from the blocks' outlier ratios.
 
     Args:
-        ratios: the blocks' outlier ratios.
-        sparsity: the mean of what is returned, in [0, 1).
-        reach: lambda; what is returned spans twice as much. Less where a block would have to lose less than nothing,
-            or more than `MOST_PRUNED`.
+        ratios: outlier ratio of each block.
+        sparsity: overall fraction to prune, in [0, 1); the mean of the result.
+        half_range: lambda; highest minus lowest fraction is 2 lambda. It is reduced where a fraction would be below 0,
+            or above `MAX_SPARSITY`.
     """
     deviations = np.asarray(ratios, np.float64) - np.mean(ratios)
     span = deviations.max() - deviations.min()
     if span == 0:
         return [sparsity] * len(ratios)
-    kept = deviations * (2 * reach / span)
-    most = max(MOST_PRUNED, (1 + sparsity) / 2)
-    fit = min(1.0, sparsity / kept.max(), (most - sparsity) / -kept.min())
-    return [max(0.0, sparsity - fit * more) for more in kept.tolist()]
+    extra_kept = deviations * (2 * half_range / span)
+    highest = max(MAX_SPARSITY, (1 + sparsity) / 2)
+    scale = min(1.0, sparsity / extra_kept.max(), (highest - sparsity) / -extra_kept.min())
+    return [max(0.0, sparsity - scale * extra) for extra in extra_kept.tolist()]
 
 
 @partial(jax.jit, static_argnames="sub_blocks")
 def count_outliers(
     sub_blocks: tuple[SubBlock, ...], parameters: Parameters, squares: dict[str, jax.Array], threshold: jax.Array
 ) -> dict[str, jax.Array]:
-    """How many weights of each kernel have a score of more than `threshold` times the mean score of the block.
+    """Count the outliers of each kernel: weights whose score is above `threshold` times the block's mean score.
 
     Args:
         parameters: of the block.
-        squares: input name -> float32 [I], `wanda.statistic`.
+        squares: input name -> float32 [I], `wanda.statistic` summed over all samples.
+        threshold: M of the paper, a float32 scalar.
 
     Returns:
-        kernel path -> int32.
+        Kernel path -> int32 scalar.
     """
     scores = {}
-    for linear, entering in (pair for sub in sub_blocks for pair in sub.linears):
+    for linear, input_name in (pair for sub in sub_blocks for pair in sub.linears):
         path = f"{linear}.kernel"
-        scores[path] = jnp.abs(parameters[path].astype(jnp.float32)) * jnp.sqrt(squares[entering])[:, None]
-    # Along one axis after the other: a running sum over a whole matrix loses digits.
+        scores[path] = jnp.abs(parameters[path].astype(jnp.float32)) * jnp.sqrt(squares[input_name])[:, None]
+    # Sum one axis at a time: a running float32 sum over a whole matrix loses precision.
     total = sum(jnp.sum(jnp.sum(score, axis=0)) for score in scores.values())
     bound = threshold * total / sum(score.size for score in scores.values())
     return {path: constrain(jnp.sum(score > bound, dtype=jnp.int32)) for path, score in scores.items()}
@@ -118,13 +119,13 @@ def outlier_ratios(
     offload: bool = False,
     phase: Phase | None = None,
 ) -> list[float]:
-    """Every block's outlier ratio, by a forward of the dense model with one block in memory at a time.
+    """Compute the outlier ratio of each block in a forward pass of the dense model, one block in memory at a time.
 
     Args:
         ids: int32 [M, B, L] token ids, M micro-batches of B samples.
         threshold: M of the paper.
-        offload: keep activations in host memory, but for a micro-batch.
-        phase: told of every block that is done, if given.
+        offload: keep activations in host memory, with one micro-batch at a time on the device.
+        phase: advanced after each block, if given.
     """
     block, ratios = model.block(), []
 
@@ -132,10 +133,10 @@ def outlier_ratios(
         interrupt.check()
         squares: dict[str, jax.Array] = {}
         for chunk in stream:
-            more = passes.statistics(block, wanda.statistic, parameters, chunk)
-            squares = jax.tree.map(jnp.add, squares, more) if squares else more
+            of_chunk = passes.statistics(block, wanda.statistic, parameters, chunk)
+            squares = jax.tree.map(jnp.add, squares, of_chunk) if squares else of_chunk
         counts = devices.fetch(count_outliers(model.sub_blocks, parameters, squares, jnp.float32(threshold)))
-        # Python's integers: all matrices of a block together may be more than an int32 counts.
+        # Add up as Python integers: the total over a block's matrices may overflow int32.
         ratios.append(sum(int(count) for count in counts.values()) / sum(parameters[path].size for path in counts))
 
     dense.final_hidden(checkpoint, model, ids, devices, offload, visit, phase)
@@ -154,19 +155,20 @@ def block_sparsities(
     batch: int,
     offload: bool,
 ) -> list[float]:
-    """The fraction to prune in each block under `--allocate owl`.
+    """Compute the fraction to prune in each block for `--allocate owl`.
 
     Args:
-        sparsity: their mean.
+        options: with lambda and M.
+        sparsity: overall fraction to prune, the mean of the result.
         ids: int32 [S, L] calibration tokens.
         batch: samples in a micro-batch.
-        offload: keep activations in host memory, but for a micro-batch.
+        offload: keep activations in host memory, with one micro-batch at a time on the device.
     """
     batches = passes.micro_batches(ids, batch, devices.shape[0])
     with progress.phase("outliers of the dense model", model.layers) as phase:
         settings = {"threshold": options.owl_m, "offload": offload, "phase": phase}
         ratios = outlier_ratios(checkpoint, model, batches, devices, **settings)
     if min(ratios) == max(ratios):
-        progress.say(f"--owl-m {options.owl_m:g}: every block has the same share of outliers; all are pruned alike")
-    # One process's word: programs that differ in a block's quota would wait for each other for ever.
-    return share(lambda: allocate(ratios, sparsity, options.owl_lambda))
+        progress.say(f"--owl-m {options.owl_m:g}: all blocks have the same outlier ratio and get the same sparsity")
+    # The same values on every process: with different quotas the processes' programs would differ and deadlock.
+    return broadcast_from_primary(lambda: allocate(ratios, sparsity, options.owl_lambda))

@@ -1,4 +1,4 @@
-"""The criterion protocol: what the pruning loop needs to know of a starting criterion.
+"""The criterion protocol: the functions and defaults that define a starting criterion.
 
 A criterion is one file of this folder that defines `CRITERION`, and one line of `CRITERIA`.
 """
@@ -12,16 +12,16 @@ import jax
 from barber_jax.masks.pattern import SparsityPattern
 
 Quota = tuple[int | jax.Array, ...]
-"""How many weights a matrix loses, in each group that a criterion compares."""
+"""How many weights to prune in each comparison group of a matrix: one number for each kind of group."""
 
 
-def of_each_output(shape: tuple[int, int], sparsity: float) -> Quota:
-    """floor(p * I), for a criterion that compares the weights of one output: [O, I] and p -> quota."""
+def quota_per_output(shape: tuple[int, int], sparsity: float) -> Quota:
+    """Quota floor(p * I) of a criterion whose comparison group is one output, for shape [O, I] and sparsity p."""
     return (int(shape[1] * sparsity),)
 
 
-def of_the_matrix(shape: tuple[int, int], sparsity: float) -> Quota:
-    """floor(p * O * I), for a criterion that compares the weights of a whole matrix: [O, I] and p -> quota."""
+def quota_per_matrix(shape: tuple[int, int], sparsity: float) -> Quota:
+    """Quota floor(p * O * I) of a criterion whose comparison group is the matrix, for shape [O, I] and sparsity p."""
     return (int(shape[0] * shape[1] * sparsity),)
 
 
@@ -30,23 +30,24 @@ class Criterion:
     """A starting criterion.
 
     Attributes:
-        statistic: activations [S, L, I] that enter a linear -> statistic of them, float32, summed over samples
-            (micro-batches are added up). None for a criterion that looks at weights alone; then no stream A is
-            propagated.
+        statistic: function of a linear's input [S, L, I] that returns a float32 array summed over the S samples;
+            the results of all micro-batches are added. None for a criterion that uses the weights alone; then stream A
+            is not computed.
         start: (kernel float32 [I, O], prepared statistic or None, number of samples, pattern, quota) -> bool [O, I]
-            mask, True = kept, and the updated kernel float32 [I, O], or None where the criterion leaves weights alone.
-            Traced; number of samples and pattern are static. How much to prune is the quota alone, which may differ
-            from block to block while the program stays the same; it is empty for an N:M pattern.
-        prepare: done once for all linears that read the same input, on the host: (statistic, number of samples,
-            input's name, say) -> prepared statistic. None: the statistic as it is. `say` prints a line.
-        quota: (shape [O, I], fraction to prune) -> quota, on the host in Python's floats, whose products float32 could
-            round differently.
-        granularity, alpha: of the rebuild that follows, where the user gives none: as published.
+            mask, True = kept, and the updated kernel float32 [I, O], or None if the criterion does not update weights.
+            It is traced; number of samples and pattern are static. It must take the number of weights to prune from
+            the quota, a traced value that may differ between blocks without recompilation. For an N:M pattern the
+            quota is empty.
+        prepare: (statistic, number of samples, name of the input, say) -> prepared statistic. Called on the host, once
+            for all linears that read the same input; `say` prints a line. None to use the statistic unchanged.
+        quota: (shape [O, I], fraction to prune) -> quota. Computed on the host in Python floats, because float32
+            products could round differently.
+        granularity, alpha: published defaults of the rebuild after this criterion.
     """
 
     statistic: Callable[[jax.Array], jax.Array] | None
     start: Callable[[jax.Array, Any, int, SparsityPattern, Quota], tuple[jax.Array, jax.Array | None]]
     prepare: Callable[[jax.Array, int, str, Callable[[str], None]], Any] | None = None
-    quota: Callable[[tuple[int, int], float], Quota] = of_each_output
+    quota: Callable[[tuple[int, int], float], Quota] = quota_per_output
     granularity: str = "output1"
     alpha: float = 0.01

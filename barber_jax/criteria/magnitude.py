@@ -1,9 +1,9 @@
-"""Magnitude pruning: the smallest weights go (Han et al., arXiv 1506.02626)."""
+"""Magnitude pruning: prune the weights with the smallest absolute value (Han et al., arXiv 1506.02626)."""
 
 import jax
 import jax.numpy as jnp
 
-from barber_jax.criteria.base import Criterion, Quota, of_the_matrix
+from barber_jax.criteria.base import Criterion, Quota, quota_per_matrix
 from barber_jax.masks import selection
 from barber_jax.masks.pattern import SparsityPattern
 
@@ -11,10 +11,12 @@ from barber_jax.masks.pattern import SparsityPattern
 def start(
     kernel: jax.Array, statistic: None, samples: int, pattern: SparsityPattern, quota: Quota
 ) -> tuple[jax.Array, None]:
-    """Prune the floor(p * O * I) weights of a matrix with the lowest |W|, or the lowest M-N of every group of M.
+    """Prune the floor(p * O * I) weights of a matrix with the lowest |W|, or the lowest M-N of every M inputs.
 
     Args:
         kernel: float32 [I, O].
+        statistic, samples: not used.
+        quota: one number, from `quota_per_matrix`.
 
     Returns:
         bool [O, I] mask, True = kept; no updated weights.
@@ -25,4 +27,4 @@ def start(
     return selection.keep_highest(score, quota[0], selection.AXES["layer"]), None
 
 
-CRITERION = Criterion(statistic=None, start=start, quota=of_the_matrix, granularity="block", alpha=0.1)
+CRITERION = Criterion(statistic=None, start=start, quota=quota_per_matrix, granularity="block", alpha=0.1)

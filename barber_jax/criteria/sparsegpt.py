@@ -1,9 +1,10 @@
-"""SparseGPT: prune column by column and let the remaining weights make up for it (arXiv 2301.00774, algorithm 1).
+"""SparseGPT: prune input by input and update the remaining weights to compensate (arXiv 2301.00774, algorithm 1).
 
-H = (2 / S) * sum X^T X of a linear's input, damped by a fraction of its mean diagonal; U the upper Cholesky factor of
-its inverse, H^-1 = U^T U. Going through the inputs in order, a pruned weight w_i leaves the error w_i / U_ii, which is
-spread over the inputs after it by row i of U (optimal brain surgeon). Which weights go is decided for 128 inputs at
-a time (unstructured) or for each group (N:M), by w^2 / U_ii^2 of the weights as they are by then.
+H = (2 / S) * sum X^T X of a linear's input, with a fraction of its mean diagonal added to the diagonal; U is the upper
+Cholesky factor of its inverse, H^-1 = U^T U. The inputs are processed in order. Pruning a weight w_i gives the error
+w_i / U_ii, and this error times row i of U is subtracted from the weights of the later inputs (optimal brain surgeon).
+The score is w^2 / U_ii^2 with the weights updated so far; it is compared within blocks of 128 inputs (unstructured) or
+within groups (N:M).
 """
 
 from collections.abc import Callable
@@ -20,30 +21,32 @@ from barber_jax.masks import selection
 from barber_jax.masks.pattern import SparsityPattern
 
 BLOCK = 128
+"""Inputs in a block."""
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)
+"""Fractions of the mean diagonal of H to add to its diagonal, tried in this order."""
 
 
 def statistic(x: jax.Array) -> jax.Array:
-    """X^T X over samples and tokens: [S, L, I] -> float32 [I, I]."""
+    """Gram matrix X^T X over samples and tokens: [S, L, I] -> float32 [I, I]."""
     flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     return jnp.matmul(flat.T, flat, precision=lax.Precision.HIGHEST)
 
 
 @partial(jax.jit, static_argnames="samples")
 def inverse_factor(gram: jax.Array, samples: int, damping: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Upper factor U of H^-1 = U^T U, and the dead inputs.
+    """Compute the upper Cholesky factor U of H^-1 = U^T U, and find dead inputs.
 
-    With both axes reversed the Cholesky factor of H is upper triangular, H = M M^T, so that U = M^-1: no inverse of
-    H itself is formed.
+    The Cholesky decomposition of H with both axes reversed gives H = M M^T with M upper triangular, so that U = M^-1
+    and H itself need not be inverted.
 
     Args:
-        gram: float32 [I, I], sum of X^T X over samples.
-        samples: their number.
+        gram: float32 [I, I], X^T X summed over samples and tokens.
+        samples: number of samples.
         damping: fraction of the mean diagonal to add to the diagonal.
 
     Returns:
-        U float32 [I, I], not finite where H is not positive definite in float32, and bool [I], True = input never
-        active.
+        U, float32 [I, I], which is not finite if H is not positive definite in float32; and bool [I], True = dead: the
+        input is zero in all samples.
     """
     hessian = gram * (2.0 / samples)
     dead = jnp.diagonal(hessian) == 0
@@ -54,10 +57,16 @@ def inverse_factor(gram: jax.Array, samples: int, damping: jax.Array) -> tuple[j
 
 
 def prepare(gram: jax.Array, samples: int, name: str, say: Callable[[str], None]) -> tuple[jax.Array, jax.Array]:
-    """`inverse_factor` with the smallest damping of `DAMPINGS` for which it exists; says so when it is not the first.
+    """Compute `inverse_factor` with the smallest damping of `DAMPINGS` that makes H positive definite.
+
+    Args:
+        gram: float32 [I, I], X^T X summed over samples and tokens.
+        samples: number of samples.
+        name: of the input, for messages.
+        say: prints a line; called if the damping is raised.
 
     Raises:
-        BarberError: none works.
+        BarberError: H is not positive definite with any of them.
     """
     for damping in DAMPINGS:
         factor, dead = inverse_factor(gram, samples, jnp.float32(damping))
@@ -72,8 +81,11 @@ def prepare(gram: jax.Array, samples: int, name: str, say: Callable[[str], None]
 
 
 def quota(shape: tuple[int, int], sparsity: float) -> Quota:
-    """How many scores are at or below the threshold of a block of 128 inputs, and of what is left of a matrix [O, I]
-    after such blocks: that at index floor(p * n) of n ascending ones is among them, unless nothing is to be pruned."""
+    """Number of weights to prune in each block of 128 inputs, and in the narrower block that may remain at the end.
+
+    The threshold is the score at index floor(p * n) of a block's n ascending scores, and weights at the threshold are
+    pruned too. That makes floor(p * n) + 1 weights, apart from ties, or none for p = 0.
+    """
     outputs, inputs = shape
     width = min(BLOCK, inputs)
     return tuple(int(columns * outputs * sparsity) + 1 if sparsity else 0 for columns in (width, inputs % width))
@@ -82,16 +94,17 @@ def quota(shape: tuple[int, int], sparsity: float) -> Quota:
 def start(
     kernel: jax.Array, prepared: tuple[jax.Array, jax.Array], samples: int, pattern: SparsityPattern, quota: Quota
 ) -> tuple[jax.Array, jax.Array]:
-    """Prune one matrix and update what is left.
+    """Prune one matrix and update its remaining weights.
 
-    Unstructured: in every 128 inputs, over all outputs, what scores at or below the value at index floor(p * n) of
-    the block's n ascending scores. N:M: the M-N lowest of each group when its first input's turn comes, ties to the
-    lower index.
+    Unstructured: in each block of 128 inputs, over all outputs, prune the scores at or below the threshold, the score
+    at index floor(p * n) of the block's n ascending scores. N:M: prune the M-N lowest of each group, with the weights
+    as they are when its first input is reached; of equal scores the one at the lower index is pruned first.
 
     Args:
         kernel: float32 [I, O].
         prepared: from `prepare`.
-        quota: from `quota`.
+        samples: not used.
+        quota: from `quota`; empty for N:M.
 
     Returns:
         bool [O, I] mask, True = kept, and the updated kernel float32 [I, O], zero where pruned.
@@ -99,24 +112,24 @@ def start(
     factor, dead = prepared
     inputs = kernel.shape[0]
     kernel = jnp.where(dead[:, None], 0.0, kernel)
-    # Groups must not straddle blocks; for N:M the width of a block changes nothing but the order of rounding.
+    # N:M groups must not straddle blocks. For N:M the width of a block only affects the order of rounding.
     width = max(BLOCK // pattern.of, 1) * pattern.of if pattern.structured else BLOCK
     width = min(width, inputs)
-    whole = inputs // width
-    in_block, in_rest = quota or (None, None)
+    full_blocks = inputs // width
+    block_count, rest_count = quota or (None, None)
 
-    def step(kernel, at):
-        return _block(kernel, factor, at * width, width, pattern, in_block)
+    def step(kernel, index):
+        return _prune_block(kernel, factor, index * width, width, pattern, block_count)
 
-    kernel, pruned = lax.scan(step, kernel, jnp.arange(whole))
-    pruned = pruned.reshape(whole * width, -1)
+    kernel, pruned = lax.scan(step, kernel, jnp.arange(full_blocks))
+    pruned = pruned.reshape(full_blocks * width, -1)
     if inputs % width:
-        kernel, rest = _block(kernel, factor, whole * width, inputs % width, pattern, in_rest)
+        kernel, rest = _prune_block(kernel, factor, full_blocks * width, inputs % width, pattern, rest_count)
         pruned = jnp.concatenate([pruned, rest])
     return ~pruned.T, kernel
 
 
-def _block(
+def _prune_block(
     kernel: jax.Array,
     factor: jax.Array,
     first: jax.Array | int,
@@ -124,12 +137,20 @@ def _block(
     pattern: SparsityPattern,
     count: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Prune `width` inputs from `first` on, `count` of their weights unless the pattern is N:M; returns the whole
-    kernel and bool [width, O] of what was pruned."""
+    """Prune the block of `width` inputs that begins at input `first`, and update the weights of later inputs.
+
+    Args:
+        kernel: float32 [I, O].
+        factor: U, float32 [I, I].
+        count: number of weights to prune, apart from ties; None for N:M.
+
+    Returns:
+        The updated kernel float32 [I, O], and bool [width, O], True = pruned.
+    """
     outputs = kernel.shape[1]
     rows = lax.dynamic_slice(factor, (first, 0), (width, factor.shape[1]))
-    own = lax.dynamic_slice(rows, (0, first), (width, width))
-    diagonal = jnp.diagonal(own)
+    within = lax.dynamic_slice(rows, (0, first), (width, width))
+    diagonal = jnp.diagonal(within)
     size = pattern.of if pattern.structured else width
 
     def group(index, state):
@@ -143,29 +164,29 @@ def _block(
             block, done, errors = state
             at = start + i
             weight = block[at]
-            left = jnp.where(drop[i], 0.0, weight)
-            error = (weight - left) / diagonal[at]
-            # Row `at` of U is zero before its diagonal: inputs already done stay as they are.
-            block = block - own[at][:, None] * error[None, :]
-            return block, done.at[at].set(left), errors.at[at].set(error)
+            remaining = jnp.where(drop[i], 0.0, weight)
+            error = (weight - remaining) / diagonal[at]
+            # Row `at` of U is zero before its diagonal, so inputs that are already processed do not change.
+            block = block - within[at][:, None] * error[None, :]
+            return block, done.at[at].set(remaining), errors.at[at].set(error)
 
         block, done, errors = lax.fori_loop(0, size, column, (block, done, errors))
         return block, done, errors, lax.dynamic_update_slice(pruned, drop, (start, 0))
 
     block = lax.dynamic_slice(kernel, (first, 0), (width, outputs))
-    blank = jnp.zeros_like(block)
-    state = (block, blank, blank, jnp.zeros(block.shape, bool))
+    zeros = jnp.zeros_like(block)
+    state = (block, zeros, zeros, jnp.zeros(block.shape, bool))
     _, done, errors, pruned = lax.fori_loop(0, width // size, group, state)
     later = jnp.arange(factor.shape[1]) >= first + width
-    spread = jnp.matmul(jnp.where(later, rows, 0.0).T, errors, precision=lax.Precision.HIGHEST)
-    return lax.dynamic_update_slice(kernel - spread, done, (first, 0)), pruned
+    update = jnp.matmul(jnp.where(later, rows, 0.0).T, errors, precision=lax.Precision.HIGHEST)
+    return lax.dynamic_update_slice(kernel - update, done, (first, 0)), pruned
 
 
 def _select(score: jax.Array, pattern: SparsityPattern, count: jax.Array | None) -> jax.Array:
-    """Which of the scores [inputs, O] to prune."""
+    """Select the scores [inputs, O] to prune, as a bool array of the same shape."""
     if pattern.structured:
         return ~selection.keep_n_of_m(score.T, pattern.keep, pattern.of).T
-    return selection.lowest_through(score, count)
+    return selection.lowest_with_ties(score, count)
 
 
 CRITERION = Criterion(statistic=statistic, start=start, prepare=prepare, quota=quota, granularity="layer", alpha=0.1)

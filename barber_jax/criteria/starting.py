@@ -1,4 +1,4 @@
-"""Starting masks of block after block: by a criterion, from a mask file, or from the zeros of a pruned checkpoint."""
+"""Starting masks of each block: by a criterion, from a mask file, or from the zeros of a pruned checkpoint."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,20 +26,23 @@ from barber_jax.models.family import Model
 from barber_jax.models.sharding import constrain, kernel_axes
 
 BlockMasks = dict[str, jax.Array]
+"""Kernel path -> bool [out, in], True = kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StartOptions(OptionGroup):
-    """Where the starting masks come from."""
+    """Source of the starting masks."""
 
     method: Literal[*CRITERIA] | None = None
     """Criterion of the starting mask. Default wanda, unless --masks or --sparse-ckpt is given."""
     masks: Path | None = None
     """Start from this mask file (masks.safetensors) instead."""
     sparse_ckpt: str | None = None
-    """Start from the zeros and weights of this pruned copy of the model instead; with --masks, its weights."""
+    """Start from the zeros and weights of this pruned checkpoint of the model instead; with --masks, its weights."""
 
     def settle(self) -> None:
+        if self.masks is not None:
+            self._set("masks", Path(self.masks))
         given = [flag(name) for name in ("masks", "sparse_ckpt") if getattr(self, name)]
         if given and self.method:
             raise BarberError(f"--method {self.method} and {given[0]} both give the starting mask; choose one")
@@ -48,17 +51,26 @@ class StartOptions(OptionGroup):
 
 
 class Start(Protocol):
-    """Gives the starting masks of one block after another.
+    """A source of starting masks, called for each block in order.
 
     Attributes:
-        needs_stream: whether it looks at activations under the starting masks (stream A).
+        needs_stream: whether it uses activations of the model under its starting masks (stream A).
     """
 
     needs_stream: bool
 
     def __call__(self, index: int, dense: Parameters, stream: Stream | None) -> tuple[BlockMasks, Parameters]:
-        """Kernel path -> bool [out, in] mask, and path -> starting weights where they are not the dense ones, in
-        the dense ones' dtype: kernels [in, out], and whatever else of the block is given."""
+        """Return the starting masks of a block, and its starting weights where they differ from the dense ones.
+
+        Args:
+            index: of the block.
+            dense: parameters of the dense block.
+            stream: stream A at the block's input; None where it is not needed.
+
+        Returns:
+            Kernel path -> bool [out, in] mask, True = kept; and parameter path -> starting weights in the dtype of the
+            dense ones: kernels [in, out], and biases and norms.
+        """
 
 
 @partial(jax.jit, static_argnames=("criterion", "axes", "samples", "pattern"))
@@ -71,22 +83,30 @@ def _start_matrix(
     pattern: SparsityPattern,
     quota: Quota,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """`Criterion.start` for a kernel that is spread over mesh axes `axes`."""
+    """Call `Criterion.start` for a kernel [in, out] that is sharded over the mesh axes `axes`.
+
+    Returns:
+        bool [out, in] mask, and the updated kernel in the kernel's dtype, or None.
+    """
     mask, updated = criterion.start(kernel.astype(jnp.float32), prepared, samples, pattern, quota)
     if updated is not None:
-        # Rounded at once to what will be written, so that the streams carry the very weights of the result.
+        # Round now to the dtype that will be written, so that the streams are computed with exactly these weights.
         updated = constrain(updated.astype(kernel.dtype), *axes)
     return constrain(mask, *axes[::-1]), updated
 
 
 class CriterionStart:
-    """Starting masks by a criterion, from a forward of the still dense block on stream A.
+    """Starting masks by a criterion, whose statistics come from a forward pass of the dense block on stream A.
+
+    Args:
+        samples: number of calibration samples.
+        say: prints a line.
 
     Attributes:
-        sparsities: the fraction to prune in each block; at first the pattern's in all.
+        sparsities: fraction to prune in each block; the pattern's for all, unless set otherwise.
 
     Raises:
-        BarberError: the activations overflow.
+        BarberError: when called, if the activations overflow.
     """
 
     def __init__(
@@ -98,7 +118,7 @@ class CriterionStart:
         self.sparsities: Sequence[float] = [pattern.sparsity] * model.layers
 
     def __call__(self, index: int, dense: Parameters, stream: Stream | None) -> tuple[BlockMasks, Parameters]:
-        prepared = self._prepared(index, dense, stream)
+        prepared = self._prepared_statistics(index, dense, stream)
         masks, weights = {}, {}
         for sub in self._model.sub_blocks:
             for path in sub.kernels:
@@ -115,59 +135,65 @@ class CriterionStart:
                     weights[path] = updated
         return masks, weights
 
-    def _prepared(self, index: int, dense: Parameters, stream: Stream | None) -> dict[str, Any]:
-        """Kernel path -> what the criterion knows of its input; None when it looks at weights alone."""
-        criterion, seen = self._criterion, {}
+    def _prepared_statistics(self, index: int, dense: Parameters, stream: Stream | None) -> dict[str, Any]:
+        """Kernel path -> prepared statistic of its input; None where the criterion uses the weights alone."""
+        criterion, statistics = self._criterion, {}
         for chunk in stream or ():
-            more = passes.statistics(self._block, criterion.statistic, dense, chunk)
-            seen = jax.tree.map(jnp.add, seen, more) if seen else more
-        if not all(bool(jnp.isfinite(statistic).all()) for statistic in jax.tree.leaves(seen)):
-            where = f"block {index}: what enters its linears is not finite"
-            raise BarberError(f"{where}; the activations overflow, check the checkpoint's weights up to there")
+            of_chunk = passes.statistics(self._block, criterion.statistic, dense, chunk)
+            statistics = jax.tree.map(jnp.add, statistics, of_chunk) if statistics else of_chunk
+        if not all(bool(jnp.isfinite(statistic).all()) for statistic in jax.tree.leaves(statistics)):
+            where = f"block {index}: the inputs of its linears are not finite"
+            raise BarberError(f"{where}; the activations overflow, check the checkpoint's weights up to this block")
         if criterion.prepare:
             where = f"block {index}, "
-            seen = {n: criterion.prepare(s, self._samples, where + n, self._say) for n, s in seen.items()}
+            statistics = {n: criterion.prepare(s, self._samples, where + n, self._say) for n, s in statistics.items()}
         linears = [pair for sub in self._model.sub_blocks for pair in sub.linears]
-        return {f"{linear}.kernel": seen.get(entering) for linear, entering in linears}
+        return {f"{linear}.kernel": statistics.get(input_name) for linear, input_name in linears}
 
     def _quota(self, index: int, shape: tuple[int, ...]) -> Quota:
-        """How many weights a kernel [in, out] of a block loses."""
+        """Number of weights to prune in each comparison group of a kernel [in, out] of block `index`."""
         if self._pattern.structured:
             return ()
         inputs, outputs = shape
-        # As int32 arrays: a Python integer is traced too, but as of no particular type.
+        # int32 rather than Python integers, which would be traced as weakly typed.
         return tuple(np.int32(count) for count in self._criterion.quota((outputs, inputs), self.sparsities[index]))
 
 
 class MaskFileStart:
-    """Starting masks out of a masks.safetensors file.
+    """Starting masks from a masks.safetensors file.
 
     Raises:
-        BarberError: names or shapes do not fit the model.
+        BarberError: names or shapes do not match the model; when called, if a mask does not have the pattern.
     """
 
     needs_stream = False
 
     def __init__(self, masks: Masks, checkpoint: Checkpoint, model: Model, pattern: SparsityPattern, devices: Devices):
         self._masks, self._model, self._pattern, self._devices = masks, model, pattern, devices
-        check_fit(masks.shapes, model.pruned_names(), checkpoint, f"{masks.path}: mask")
+        check_names_and_shapes(masks.shapes, model.pruned_names(), checkpoint, f"{masks.path}: mask")
 
     def __call__(self, index: int, dense: Parameters, stream: Stream | None) -> tuple[BlockMasks, Parameters]:
         masks = {path: self._masks.read(name) for path, name in self._model.kernel_names(index).items()}
         for path, mask in masks.items():
             check_pattern(mask, self._pattern, f"{self._masks.path}: {self._model.kernel_names(index)[path]}")
-        return self._devices.masks(self._model.sub_blocks, masks), {}
+        return self._devices.put_masks(self._model.sub_blocks, masks), {}
 
 
 class SparseCheckpointStart:
-    """Starting masks from the zeros of a pruned checkpoint, starting weights from its other weights, and from its
-    blocks' biases and norms where they are not the dense model's. What is outside blocks is not looked at.
+    """Starting masks from the zeros of a pruned checkpoint, and starting weights from its other weights.
+
+    The biases and norms of its blocks are starting weights too, where they differ from the dense model's. Tensors
+    outside the blocks are ignored.
 
     Args:
-        file: where the masks are known: of a weight that is zero by chance the zeros do not tell that it is kept.
+        sparse: the pruned checkpoint.
+        checkpoint: the dense checkpoint.
+        file: the masks of the pruned checkpoint, if known: without them a kept weight that happens to be zero counts
+            as pruned.
 
     Raises:
-        BarberError: its weights' names or shapes do not fit the model.
+        BarberError: names or shapes do not match the model; when called, if the zeros do not match `file` or the
+            pattern.
     """
 
     needs_stream = False
@@ -183,15 +209,15 @@ class SparseCheckpointStart:
     ):
         self._sparse, self._checkpoint, self._file = sparse, checkpoint, file
         self._model, self._pattern, self._devices = model, pattern, devices
-        wanted = [name for index in range(model.layers) for name in model.names.of_block(index).values()]
+        required = [name for index in range(model.layers) for name in model.names.of_block(index).values()]
         prefix = model.pruned_names()[0].partition(".0.")[0] + "."
         shapes = {name: sparse.shape(name) for name in sparse.names() if name.startswith(prefix)}
-        # Anything else that is one-dimensional may be a buffer, as of rotary embeddings.
-        known = set(wanted)
-        held = {name: shape for name, shape in shapes.items() if len(shape) == 2 or name in known}
-        check_fit(held, wanted, checkpoint, f"{sparse.location}: weight")
+        # Ignore unknown one-dimensional tensors, which may be buffers such as rotary frequencies.
+        known = set(required)
+        relevant = {name: shape for name, shape in shapes.items() if len(shape) == 2 or name in known}
+        check_names_and_shapes(relevant, required, checkpoint, f"{sparse.location}: weight")
         if file:
-            check_fit(file.shapes, model.pruned_names(), checkpoint, f"{file.path}: mask")
+            check_names_and_shapes(file.shapes, model.pruned_names(), checkpoint, f"{file.path}: mask")
 
     def __call__(self, index: int, dense: Parameters, stream: Stream | None) -> tuple[BlockMasks, Parameters]:
         masks, weights = {}, {}
@@ -208,34 +234,41 @@ class SparseCheckpointStart:
             weights[path] = to_flax(path, tensor).astype(dense[path].dtype)
         for path, name in self._model.names.of_block(index).items():
             if path not in masks:
-                own, given = self._checkpoint.read(name), self._sparse.read(name)
-                # A copy in a narrower dtype is the same but for its rounding.
-                if np.any(own.astype(given.dtype) != given):
-                    weights[path] = to_flax(path, given).astype(own.dtype)
+                original, given = self._checkpoint.read(name), self._sparse.read(name)
+                # Compare in the pruned checkpoint's dtype: where it is narrower, differences by rounding do not count.
+                if np.any(original.astype(given.dtype) != given):
+                    weights[path] = to_flax(path, given).astype(original.dtype)
         sub_blocks = self._model.sub_blocks
-        return self._devices.masks(sub_blocks, masks), self._devices.block(sub_blocks, weights)
+        return self._devices.put_masks(sub_blocks, masks), self._devices.put_block(sub_blocks, weights)
 
     def sparsity(self) -> float:
-        """Fraction of zeros in all prunable weights: reads them all, one at a time."""
+        """Fraction of zeros among all prunable weights. Reads every tensor, one at a time."""
         names = self._model.pruned_names()
         zeros = sum(int(np.count_nonzero(self._sparse.read(name) == 0)) for name in names)
         return zeros / sum(self._sparse.size(name) for name in names)
 
 
-def check_fit(given: dict[str, tuple[int, ...]], names: Sequence[str], checkpoint: Checkpoint, what: str) -> None:
-    """Raise BarberError unless names and shapes are those of the checkpoint's tensors `names`; `what` begins the
-    line."""
-    wanted = {name: checkpoint.shape(name) for name in names}
-    for name in sorted(wanted.keys() ^ given.keys()):
-        state = "is missing" if name in wanted else "is not of a weight to prune there"
-        raise BarberError(f"{what} {name} {state}; it must be of the same model as {checkpoint.location}")
-    for name, shape in wanted.items():
+def check_names_and_shapes(
+    given: dict[str, tuple[int, ...]], names: Sequence[str], checkpoint: Checkpoint, what: str
+) -> None:
+    """Raise `BarberError` unless the given tensors have the names `names` and their shapes in the checkpoint.
+
+    Args:
+        given: name -> shape of the tensors to check.
+        names: names that are required.
+        what: beginning of the error message.
+    """
+    required = {name: checkpoint.shape(name) for name in names}
+    for name in sorted(required.keys() ^ given.keys()):
+        problem = "is missing" if name in required else "is unexpected"
+        raise BarberError(f"{what} {name} {problem}; it must be of the same model as {checkpoint.location}")
+    for name, shape in required.items():
         if given[name] != shape:
             raise BarberError(f"{what} {name} has shape {list(given[name])}, in {checkpoint.location} {list(shape)}")
 
 
 def check_pattern(mask: np.ndarray, pattern: SparsityPattern, what: str) -> None:
-    """Raise BarberError unless the mask bool [out, in] keeps exactly N of every M."""
+    """Raise `BarberError` unless the mask, bool [out, in], has the pattern; `what` begins the error message."""
     pattern.check_inputs(mask.shape[1], what)
     if pattern.structured and not (mask.reshape(-1, pattern.of).sum(axis=1) == pattern.keep).all():
         raise BarberError(f"{what} does not keep {pattern.keep} of every {pattern.of} inputs; leave out --pattern")

@@ -1,4 +1,4 @@
-"""Wanda: weight times the norm of its input, compared within an output (Sun et al., arXiv 2306.11695, equation 1)."""
+"""Wanda: score |weight| times the norm of its input, compared per output (Sun et al., arXiv 2306.11695, equation 1)."""
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,10 @@ from barber_jax.masks.pattern import SparsityPattern
 
 
 def statistic(x: jax.Array) -> jax.Array:
-    """Sum of squares of every input over samples and tokens: [S, L, I] -> float32 [I].
+    """Sum of squares of each input over samples and tokens: [S, L, I] -> float32 [I].
 
-    Tokens are added pairwise. One running sum over thousands of tokens loses digits, and inputs of equal weight (a
-    checkpoint that was quantised has many) are told apart by the last digits of these sums.
+    Tokens are summed pairwise: a running sum over thousands of tokens loses precision, and the last digits of these
+    sums decide between weights of equal magnitude, of which a checkpoint that was quantised has many.
     """
     squares = jnp.square(x.astype(jnp.float32))
     while (length := squares.shape[1]) > 1:
@@ -24,13 +24,16 @@ def statistic(x: jax.Array) -> jax.Array:
 def start(
     kernel: jax.Array, squares: jax.Array, samples: int, pattern: SparsityPattern, quota: Quota
 ) -> tuple[jax.Array, None]:
-    """Score |W_oi| * ||X_i||, with ||X_i|| = sqrt(mean over samples of the sum over tokens of X_si^2).
+    """Prune the weights with the lowest score |W_oi| * ||X_i||.
 
-    In every output prune the floor(p * I) lowest, or the lowest M-N of every group of M.
+    ||X_i|| = sqrt(mean over samples of the sum over tokens of X_si^2). In each output the floor(p * I) lowest are
+    pruned, or the lowest M-N of every M inputs.
 
     Args:
         kernel: float32 [I, O].
         squares: float32 [I], `statistic` summed over all samples.
+        samples: number of samples.
+        quota: one number, from `quota_per_output`.
 
     Returns:
         bool [O, I] mask, True = kept; no updated weights.

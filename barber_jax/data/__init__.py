@@ -1,4 +1,4 @@
-"""Data: text from files and from the Hub, as calibration samples and as evaluation windows.
+"""Data: calibration samples and evaluation windows from text files and Hub datasets.
 
 May import: console.
 
@@ -7,9 +7,9 @@ May import: console.
 | `text` | documents of local files and of Hub datasets, and their token ids |
 | `calibration` | calibration samples |
 | `windows` | evaluation windows |
-| `hub` | whether the Hub can be reached |
+| `hub` | check that the Hub can be reached |
 
-JAX is not needed here.
+JAX is not imported here.
 """
 
 from barber_jax.data.calibration import load_calibration

@@ -1,4 +1,4 @@
-"""Calibration sequences: token ids cut out of text by the conventions of the pruning literature."""
+"""Loads calibration samples: token ids cut from text by the conventions of the pruning literature."""
 
 import os
 import random
@@ -16,31 +16,32 @@ from barber_jax.data import text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# How the documents of a Hub dataset become one text; C4 has none, its windows stay inside one document.
-_JOINTS = {"wikitext2": "\n\n", "ptb": " "}
-# About one C4 document in forty is longer than 2048 tokens, one in a thousand longer than 8192.
+# What joins the documents of a Hub dataset into one text. C4 has none: each of its windows is within one document.
+_SEPARATORS = {"wikitext2": "\n\n", "ptb": " "}
+# Consecutive draws of a too short document before giving up. About one C4 document in forty is longer than 2048 tokens,
+# one in a thousand longer than 8192.
 _MAX_MISSES = 20_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationOptions(OptionGroup):
-    """What the model is calibrated on."""
+    """Calibration data."""
 
     calibration: str = "c4"
     """c4, wikitext2, ptb, a .txt/.jsonl/.parquet/.arrow file, a saved dataset folder, or .npy token ids."""
     text_field: str = "text"
-    """Column that holds the text, in files with columns."""
+    """Name of the text column, in files with columns."""
     samples: int = 128
-    """Calibration samples."""
+    """Number of calibration samples."""
     length: int = 2048
-    """Tokens in each sample."""
+    """Number of tokens in each sample."""
     seed: int = 0
     """Seed of the sampling."""
 
     def settle(self) -> None:
         if not self.calibration:
-            # As a path it would mean the current folder.
-            raise BarberError("--calibration is empty; name what to read")
+            # An empty path would mean the current folder.
+            raise BarberError("--calibration is empty; name a dataset or a file")
         self._require_least(1, "samples", "length")
         self._require_least(0, "seed")
         if self.length < 2:
@@ -57,32 +58,32 @@ def load_calibration(
     vocab_size: int,
     text_field: str = "text",
 ) -> np.ndarray:
-    """Calibration token ids, int32 [samples, length]; the same arguments always give the same ids.
+    """Load calibration token ids, int32 [samples, length]; the same arguments always give the same ids.
 
-    What `source` may be:
-        a .npy file: ids [rows, columns]; the first `samples` rows and `length` columns, in order, nothing random.
-        c4: as Wanda samples it: documents drawn at random (with replacement) from the first training shard, kept
-            when longer than `length` tokens, and a random window of each.
-        wikitext2, ptb: the training split joined by a blank line (ptb: a space), tokenized once, random windows.
-        another path: documents of `text.read_documents` with exact duplicates dropped (the first stays), joined by
-            a blank line, tokenized once, cut into consecutive windows that do not overlap, and a random choice of
-            these without replacement.
+    `source` is one of:
+        a .npy file: ids [rows, columns], of which the first `samples` rows and `length` columns are used, in order.
+        c4: sampled as by Wanda: documents are drawn at random, with replacement, from the first training shard; each
+            that is longer than `length` tokens gives one random window.
+        wikitext2, ptb: random windows of the training split, joined by blank lines (ptb: by spaces) and tokenized once.
+        another path: the documents read by `text.read_documents`, without exact duplicates, are joined by blank
+            lines, tokenized once and cut into consecutive windows without overlap, of which `samples` are drawn at
+            random without replacement.
 
-    Text is tokenized with the special tokens the tokenizer adds by default, at the ends of the whole text or, for
+    Text is tokenized with the special tokens that the tokenizer adds by default, at the ends of the whole text or, for
     c4, of each document.
 
     Args:
         source: see above.
-        tokenizer: gives the model's tokenizer; not called for .npy.
-        samples: number of sequences.
-        length: tokens in each.
-        seed: of every random choice.
-        vocab_size: ids must lie in [0, vocab_size).
-        text_field: field with the text, for a local file that has fields.
+        tokenizer: returns the model's tokenizer; not called for .npy.
+        samples: number of samples.
+        length: tokens in each sample.
+        seed: seed of every random choice.
+        vocab_size: ids must be in [0, vocab_size).
+        text_field: name of the text field, for a local file with fields.
 
     Raises:
-        BarberError: `samples` or `length` below 1; `source` missing, damaged or of an unknown kind; too little text
-            or too few rows; an id outside the vocabulary.
+        BarberError: `samples` or `length` is below 1; `source` is missing, damaged or of an unknown kind; there is too
+            little text or there are too few rows; an id is outside the vocabulary.
     """
     for option, value in (("samples", samples), ("length", length)):
         if value < 1:
@@ -99,21 +100,21 @@ def load_calibration(
 
 
 def load_ids(path: Path) -> np.ndarray:
-    """Token ids of a .npy file, of any integer dtype and shape, mapped and not yet read.
+    """Open the token ids in a .npy file, of any integer dtype and shape, as a memory map.
 
     Raises:
-        BarberError: missing, damaged, not one array, empty, or not integers.
+        BarberError: the file is missing, damaged, empty or not a single array, or its dtype is not an integer type.
     """
     try:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as error:
         raise BarberError(f"{path}: no such file; give a .npy of token ids") from error
     except Exception as error:
-        raise BarberError(f"{path}: cannot be read as .npy; write it anew with numpy.save") from error
+        raise BarberError(f"{path}: cannot be read as .npy; write it again with numpy.save") from error
     if not isinstance(ids, np.ndarray):
         raise BarberError(f"{path}: an archive of several arrays; write one array with numpy.save")
     if not np.issubdtype(ids.dtype, np.integer):
-        raise BarberError(f"{path}: holds {ids.dtype}, but token ids must be integers; write it anew as int32")
+        raise BarberError(f"{path}: holds {ids.dtype}, but token ids must be integers; write it again as int32")
     if ids.size == 0:
         raise BarberError(f"{path}: shape {ids.shape} holds no ids; give token ids")
     return ids
@@ -134,9 +135,9 @@ def _hub_windows(
     name: str, tokenizer: Callable[[], "PreTrainedTokenizerBase"], samples: int, length: int, rng: random.Random
 ) -> np.ndarray:
     documents = text.hub_documents(name, "train")
-    if name not in _JOINTS:
+    if name not in _SEPARATORS:
         return _document_windows(name, documents, tokenizer(), samples, length, rng)
-    ids = text.tokenize(tokenizer(), _JOINTS[name].join(documents))
+    ids = text.tokenize(tokenizer(), _SEPARATORS[name].join(documents))
     if len(ids) <= length:
         raise BarberError(f"{name}: {len(ids)} tokens, but a window of {length} needs more than that; lower --length")
     return np.stack([_random_window(ids, length, rng) for _ in range(samples)])
@@ -150,7 +151,7 @@ def _document_windows(
     length: int,
     rng: random.Random,
 ) -> np.ndarray:
-    """A random window from each of `samples` random documents longer than `length` tokens."""
+    """Draw a random window from each of `samples` random documents that are longer than `length` tokens."""
     windows: list[np.ndarray] = []
     short: set[int] = set()
     misses = 0
@@ -174,7 +175,7 @@ def _document_windows(
 
 
 def _random_window(ids: np.ndarray, length: int, rng: random.Random) -> np.ndarray:
-    # Wanda's and SparseGPT's bounds, so that a seed draws the windows it draws there: the last one is never taken.
+    # The bounds of Wanda and SparseGPT, so that a seed draws the same windows; they never draw the last window.
     start = rng.randint(0, len(ids) - length - 1)
     return ids[start : start + length]
 
@@ -191,7 +192,7 @@ def _file_ids(source: str, tokenizer: Callable[[], "PreTrainedTokenizerBase"], t
 
 
 def _disjoint_windows(source: str, ids: np.ndarray, samples: int, length: int, rng: random.Random) -> np.ndarray:
-    """`samples` of the consecutive windows of `length`, chosen without replacement, in the order they are drawn."""
+    """Draw `samples` of the consecutive windows of `length` tokens without replacement, in the order of drawing."""
     count = len(ids) // length
     if count < samples:
         raise BarberError(
@@ -203,7 +204,7 @@ def _disjoint_windows(source: str, ids: np.ndarray, samples: int, length: int, r
 
 
 def check_ids(source: str, ids: np.ndarray, vocab_size: int) -> None:
-    """Raise BarberError unless all ids lie in [0, vocab_size); the message names the first that does not."""
+    """Raise BarberError unless all ids are in [0, vocab_size); the message names the first that is not."""
     outside = np.argwhere((ids < 0) | (ids >= vocab_size))
     if len(outside):
         place = tuple(outside[0].tolist())

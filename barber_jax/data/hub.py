@@ -1,12 +1,12 @@
-"""The Hugging Face Hub: whether it can be reached, asked once and quickly."""
+"""Checks quickly whether the Hugging Face Hub can be reached."""
 
 _PROBE_SECONDS = 10
 
 
 def probe() -> None:
-    """Return if the Hub answers; raise at once what the client says if it does not.
+    """Send one request to the Hub; raise the client's exception if it does not answer.
 
-    A download does not give up without a network before it has retried for half a minute.
+    Without a network, a download would fail only after retrying for half a minute.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session

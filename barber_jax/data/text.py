@@ -1,4 +1,4 @@
-"""Text from local files and from the Hub, and its token ids: shared by calibration and perplexity evaluation."""
+"""Reads and tokenizes text from local files and Hub datasets, for calibration and perplexity evaluation."""
 
 import contextlib
 import glob
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
     import pyarrow
     from transformers import PreTrainedTokenizerBase
 
-# File suffix -> the builder of `datasets` that reads it.
+# File suffix -> name of the `datasets` builder that reads it.
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
 FILE_TYPES = ".txt, .jsonl, .parquet, .arrow or a folder of datasets.save_to_disk"
 
 
 @dataclass(frozen=True)
 class HubDataset:
-    """Where a dataset of the pruning literature lies on the Hub.
+    """Location of a dataset of the pruning literature on the Hub.
 
     Attributes:
         repo: dataset repository.
-        files: split -> the one file of the repository that is read for it.
-        builder: the builder of `datasets` for that file.
-        field: the text's field.
+        files: split -> the file of the repository that is read for it.
+        builder: name of the `datasets` builder that reads the file.
+        field: name of the text field.
         revision: branch of the repository.
     """
 
@@ -70,17 +70,17 @@ HUB_DATASETS = {
 
 
 def read_documents(path: Path, text_field: str = "text") -> list[str]:
-    """Read every document of a local file or folder, in order, duplicates and empty ones included.
+    """Read all documents of a local file or folder in order, including duplicates and empty ones.
 
     Args:
-        path: .txt (the whole file is one document, every newline read as LF like Python's open() does), .jsonl (one
-            object a line), .parquet, .arrow (stream or file format), or a folder that `datasets.save_to_disk` wrote.
-            Of a folder with several splits `train` is read, or the only one.
-        text_field: the field that holds the text; .txt has none.
+        path: .txt (the whole file is one document, with newlines read as LF, as by Python's open()), .jsonl (one
+            object per line), .parquet, .arrow (stream or file format), or a folder written by `datasets.save_to_disk`,
+            of which the split `train`, or the only split, is read.
+        text_field: name of the text field; .txt has none.
 
     Raises:
-        BarberError: nothing at `path`, an unknown suffix, an empty or damaged file, text that is not UTF-8, no such
-            field, a row whose field is not text, or several splits without `train`.
+        BarberError: `path` does not exist, has an unknown suffix, or is empty or damaged; the text is not UTF-8; the
+            field is missing or not text; or there are several splits without `train`.
     """
     path = Path(os.path.expanduser(path))
     if not path.exists():
@@ -92,7 +92,7 @@ def read_documents(path: Path, text_field: str = "text") -> list[str]:
     elif path.stat().st_size == 0:
         raise BarberError(f"{path}: the file is empty; give one with text")
     elif path.suffix == ".txt":
-        # Universal newlines, as everybody reads wikitext: CRLF would otherwise be other tokens.
+        # Universal newlines, as wikitext is usually read: CRLF would give different tokens.
         documents = [_read_utf8(path).replace("\r\n", "\n").replace("\r", "\n")]
     elif path.suffix == ".jsonl":
         documents = list(_jsonl_values(path, text_field))
@@ -104,16 +104,16 @@ def read_documents(path: Path, text_field: str = "text") -> list[str]:
 
 
 def hub_documents(name: str, split: str) -> Sequence[str]:
-    """Documents of one split of a dataset of the literature, downloaded once into the Hugging Face cache.
+    """Load the documents of one split of a Hub dataset, downloaded once into the Hugging Face cache.
 
-    The result is memory-mapped, so indexing a few documents of C4's shard does not read all of it.
+    The result is memory-mapped, so that indexing a few documents of a C4 shard does not read all of it.
 
     Args:
         name: c4 (first shard of the split; train, validation), wikitext2 (raw; train, test) or ptb (train, test).
         split: one of the dataset's splits.
 
     Raises:
-        BarberError: no such dataset or split, or it can neither be found in the cache nor downloaded.
+        BarberError: no such dataset or split, or it is not in the cache and cannot be downloaded.
     """
     if name not in HUB_DATASETS:
         raise BarberError(f"{name}: unknown dataset; known are {', '.join(HUB_DATASETS)}")
@@ -130,8 +130,8 @@ def hub_documents(name: str, split: str) -> Sequence[str]:
 
 
 def tokenize(tokenizer: "PreTrainedTokenizerBase", text: str) -> np.ndarray:
-    """Token ids of a whole text, int32 [tokens]: never truncated, with the special tokens the tokenizer adds."""
-    # verbose=False: a text longer than the model's context is cut into windows later, so the warning is noise.
+    """Tokenize a whole text into int32 [tokens], without truncation, with the special tokens the tokenizer adds."""
+    # verbose=False: no warning about texts longer than the model's context, since they are cut into windows later.
     ids = tokenizer(text, truncation=False, padding=False, return_attention_mask=False, verbose=False)["input_ids"]
     return np.asarray(ids, dtype=np.int32)
 
@@ -146,8 +146,7 @@ def _read_utf8(path: Path) -> str:
 
 
 def _jsonl_values(path: Path, field: str) -> Iterator[str]:
-    # Not by `datasets`, whose type inference turns text that looks like a date, or stands beside numbers, into
-    # something else.
+    # Not read with `datasets`: its type inference converts text that looks like a date or is mixed with numbers.
     for number, line in enumerate(_read_utf8(path).removeprefix("\ufeff").split("\n"), start=1):
         if not line.strip():
             continue
@@ -155,16 +154,16 @@ def _jsonl_values(path: Path, field: str) -> Iterator[str]:
         try:
             record = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise BarberError(f"{where} is not JSON ({_short(error)}); write one object a line") from error
+            raise BarberError(f"{where} is not JSON ({_short(error)}); write one object per line") from error
         if not isinstance(record, dict):
-            raise BarberError(f"{where} is not a JSON object; write one object a line")
+            raise BarberError(f"{where} is not a JSON object; write one object per line")
         if field not in record:
             raise _no_field(where, field, record)
         value = record[field]
         if not isinstance(value, str):
             raise BarberError(f"{where}: field {field!r} is not text; name another with --text-field")
         if not _is_unicode(value):
-            raise BarberError(f"{where}: field {field!r} holds half of a surrogate pair; mend or drop the line")
+            raise BarberError(f"{where}: field {field!r} holds half of a surrogate pair; fix or remove the line")
         yield value
 
 
@@ -182,7 +181,7 @@ def _no_field(where: Path | str, field: str, fields: Iterable[str]) -> BarberErr
 
 
 def _file_batches(path: Path) -> Iterator["pyarrow.Table"]:
-    # Streaming leaves no copy in the cache, so a file that was edited is never read stale.
+    # Streaming makes no copy in the cache, so an edited file is never read from a stale copy.
     yield from _load(_BUILDERS[path.suffix], path, streaming=True).with_format("arrow").iter(batch_size=1000)
 
 
@@ -204,12 +203,12 @@ def _folder_batches(path: Path) -> Iterator["pyarrow.Table"]:
 def _load(builder: str, path: str | Path, *, streaming: bool):
     from datasets import load_dataset
 
-    # data_files are patterns: a name with brackets must stand for itself.
+    # data_files are glob patterns, so brackets in a name must be escaped.
     return load_dataset(builder, data_files=glob.escape(str(path)), split="train", streaming=streaming)
 
 
 def _field_values(path: Path, batches: Iterable["pyarrow.Table"], field: str) -> Iterator[str]:
-    """The field's text row by row; whatever `datasets` or Arrow raises becomes an error that names the file."""
+    """Yield the text field row by row; exceptions of `datasets` and Arrow become a BarberError that names the file."""
     row = 0
     try:
         with _quiet_datasets():
@@ -226,14 +225,14 @@ def _field_values(path: Path, batches: Iterable["pyarrow.Table"], field: str) ->
     except BarberError:
         raise
     except UnicodeDecodeError as error:
-        raise BarberError(f"{path}: field {field!r} is not UTF-8; write the file anew as UTF-8") from error
+        raise BarberError(f"{path}: field {field!r} is not UTF-8; write the file again as UTF-8") from error
     except Exception as error:
-        raise BarberError(f"{path}: damaged or not what its name says ({_short(error)}); write it anew") from error
+        raise BarberError(f"{path}: damaged or of another format ({_short(error)}); write it again") from error
 
 
 @contextlib.contextmanager
 def _quiet_datasets() -> Iterator[None]:
-    """Keep the log lines `datasets` prints beside an exception off the terminal."""
+    """Silence the log lines that `datasets` prints when it raises an exception."""
     from datasets.utils import logging
 
     level = logging.get_verbosity()
@@ -265,6 +264,6 @@ def _hub_file(dataset: HubDataset, split: str) -> str:
 
 
 def _short(error: Exception) -> str:
-    """First line of an exception's message, at most 200 characters."""
+    """First line of an exception's message, or else its type, at most 200 characters."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__)[:200]

@@ -1,9 +1,9 @@
-"""Evaluation texts as windows of token ids, by the conventions of the pruning literature (GPTQ, SparseGPT, Wanda).
+"""Cuts evaluation texts into windows of token ids, by the conventions of GPTQ, SparseGPT and Wanda.
 
-A text is tokenized whole and cut into consecutive windows of L tokens from its start; a last incomplete window is
-dropped. wikitext2 is the raw test split joined by blank lines; ptb the test sentences joined by a space; c4 the first
-1100 documents of the first validation shard joined by a space, of which 256 windows are used. A local file's documents
-are joined by blank lines.
+A text is tokenized as a whole and cut into consecutive windows of L tokens from its start; an incomplete last window is
+dropped. wikitext2 is the raw test split joined by blank lines; ptb the test sentences joined by spaces; c4 the first
+1100 documents of the first validation shard joined by spaces, of which 256 windows are used. The documents of a local
+file are joined by blank lines.
 """
 
 from collections.abc import Callable
@@ -29,11 +29,13 @@ def evaluation_ids(
     dataset: str | None = None,
     text_field: str = "text",
 ) -> np.ndarray:
-    """All token ids of an evaluation text, int32 [tokens], by the conventions above. Give `path` or `dataset`.
+    """Tokenize a whole evaluation text into int32 [tokens], by the conventions above. Give `path` or `dataset`.
 
     Args:
-        tokenizer: gives the model's tokenizer.
-        text_field: field with the text, for a local file that has fields.
+        tokenizer: returns the model's tokenizer.
+        path: a file or folder that `text.read_documents` reads.
+        dataset: wikitext2, ptb or c4.
+        text_field: name of the text field, for a local file with fields.
 
     Raises:
         BarberError: the text cannot be read, or there is no tokenizer.
@@ -49,19 +51,26 @@ def evaluation_ids(
 
 
 def cut_windows(ids: np.ndarray, length: int, windows: int | None, source: str, vocabulary: int) -> np.ndarray:
-    """Consecutive windows from the start: [tokens] -> int32 [windows, length].
+    """Cut token ids into consecutive windows from the start: [tokens] -> int32 [windows, length].
+
+    Args:
+        ids: token ids, of any integer dtype.
+        length: tokens in each window.
+        windows: number of windows; None for all.
+        source: name of the text, for messages.
+        vocabulary: number of tokens that the model knows.
 
     Raises:
-        BarberError: the text is too short for that many, or for one; an id outside [0, vocabulary).
+        BarberError: the text is too short for that many windows, or for one; an id is outside [0, vocabulary).
     """
-    whole = ids.size // length
-    wanted = whole if windows is None else windows
-    if wanted < 1 or wanted > whole:
+    available = ids.size // length
+    count = available if windows is None else windows
+    if count < 1 or count > available:
         raise BarberError(
-            f"{source}: {ids.size} tokens give {whole} windows of --length {length}, not {max(wanted, 1)}; "
-            "ask for fewer windows, lower --length or give more text"
+            f"{source}: {ids.size} tokens give {available} windows of --length {length}, not {max(count, 1)}; "
+            "use fewer windows, lower --length or give more text"
         )
-    cut = np.asarray(ids).reshape(-1)[: wanted * length].reshape(wanted, length)
-    # In the ids' own dtype: an id too large for int32 would come round to a small one.
+    cut = np.asarray(ids).reshape(-1)[: count * length].reshape(count, length)
+    # Checked before the cast, which would wrap an id that is too large for int32 around to a small one.
     check_ids(source, cut, vocabulary)
     return cut.astype(np.int32)

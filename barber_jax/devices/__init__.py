@@ -1,13 +1,13 @@
-"""Devices: the mesh that a computation runs on, several processes, and JAX's settings.
+"""Devices: the device mesh, multi-process runs, and JAX settings.
 
 May import: console, models.
 
 | module | what it holds |
 |---|---|
-| `mesh` | `Devices`, arrays between host and devices, agreement between processes |
-| `hosts` | joining several processes |
-| `options` | the options of a command that say what to compute on |
-| `settings` | precision, and where compiled programs are kept |
+| `mesh` | `Devices`: arrays between host and devices; consistency between processes |
+| `hosts` | initialisation of a run over several processes |
+| `options` | command-line options for devices, processes, precision and memory |
+| `settings` | matmul precision and the compilation cache |
 """
 
 from barber_jax.devices.mesh import Devices, is_primary

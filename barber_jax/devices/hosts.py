@@ -1,4 +1,4 @@
-"""Several processes as one computation: `jax.distributed`, by hand or as the cluster says."""
+"""Initialise `jax.distributed` for a run over several processes, from options or from the cluster's environment."""
 
 import importlib.util
 import os
@@ -8,51 +8,54 @@ import jax
 from barber_jax.console.errors import BarberError
 
 HEARTBEAT_S = 60
-"""A process that is silent for so long is taken for dead, and the others stop with an error."""
+"""Seconds without a heartbeat after which a process counts as dead and the others stop with an error."""
 SHUTDOWN_S = 24 * 3600
-"""How long the others wait, when they are done, for the primary process to write and evaluate; its death ends the
-wait at once."""
+"""Seconds that finished processes wait at shutdown for the primary one, which still writes and evaluates. If it dies,
+they stop waiting at once."""
 
 
 def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Make this process one of many, if it is. Must come before anything is computed.
+    """Connect this process to the others of a multi-process run; do nothing in a single-process run.
+
+    Must be called before the first JAX computation.
 
     Args:
-        coordinator: host:port of process 0; None: ask the cluster (TPU pod, Slurm, Kubernetes, Open MPI).
-        processes, process: their number, and which one this is.
+        coordinator: host:port of process 0; None to take it from the cluster (TPU pod, Slurm, Kubernetes, Open MPI).
+        processes: number of processes.
+        process: index of this process.
 
     Raises:
-        BarberError: the others cannot be reached.
+        BarberError: the other processes cannot be reached.
     """
     if coordinator is None and not in_cluster():
         return
-    # Without it the processes of a CPU computation cannot send each other anything.
+    # On CPU, collectives between processes need gloo.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(
             coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT_S, shutdown_timeout_seconds=SHUTDOWN_S
         )
     except (RuntimeError, ValueError) as error:
-        if coordinator is None and not _several():
-            return  # a single TPU machine
+        if coordinator is None and not _is_multi_process():
+            return  # A TPU machine that is not part of a pod.
         cause = str(error).strip().split("\n")[0]
         where = coordinator or "the cluster's coordinator"
         raise BarberError(f"--coordinator: cannot join the other processes through {where} ({cause})") from error
 
 
 def in_cluster() -> bool:
-    """Whether JAX may be able to find other processes by itself."""
+    """Whether JAX may find other processes by itself: the environment names several, or there is a TPU."""
     platforms = os.environ.get("JAX_PLATFORMS", "tpu").split(",")
-    return _several() or ("tpu" in platforms and importlib.util.find_spec("libtpu") is not None)
+    return _is_multi_process() or ("tpu" in platforms and importlib.util.find_spec("libtpu") is not None)
 
 
-def _several() -> bool:
-    """Whether the environment says that there are several processes."""
-    said = os.environ
+def _is_multi_process() -> bool:
+    """Whether environment variables of the cluster name several processes."""
+    variables = os.environ
     return (
-        ("SLURM_PROCID" in said and int(said.get("SLURM_NTASKS", 1)) > 1)
-        or ("KUBERNETES_SERVICE_HOST" in said and "JOB_COMPLETION_INDEX" in said)
-        or ("OMPI_MCA_orte_hnp_uri" in said and int(said.get("OMPI_COMM_WORLD_SIZE", 1)) > 1)
-        or "," in said.get("TPU_WORKER_HOSTNAMES", "")
-        or "TPU_PROCESS_ADDRESSES" in said
+        ("SLURM_PROCID" in variables and int(variables.get("SLURM_NTASKS", 1)) > 1)
+        or ("KUBERNETES_SERVICE_HOST" in variables and "JOB_COMPLETION_INDEX" in variables)
+        or ("OMPI_MCA_orte_hnp_uri" in variables and int(variables.get("OMPI_COMM_WORLD_SIZE", 1)) > 1)
+        or "," in variables.get("TPU_WORKER_HOSTNAMES", "")
+        or "TPU_PROCESS_ADDRESSES" in variables
     )

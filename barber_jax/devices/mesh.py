@@ -1,6 +1,6 @@
-"""The devices that a computation runs on: the mesh, arrays between host and devices, agreement between processes.
+"""Device mesh: build it, move arrays between host and devices, and keep several processes consistent.
 
-How a decoder block's arrays are sharded over the mesh is in models/sharding.py.
+The sharding rules of a decoder block's arrays are in models/sharding.py.
 """
 
 import contextlib
@@ -21,14 +21,14 @@ from barber_jax.console.errors import BarberError
 from barber_jax.models.decoder import BlockDefinition, SubBlock
 from barber_jax.models.sharding import DATA, MODEL, mask_axes, parameter_axes
 
-Shared = TypeVar("Shared")
+Value = TypeVar("Value")
 
 
 class Devices:
-    """What the computation runs on: one device, or a mesh.
+    """The devices that a run uses: one device, or a mesh.
 
     Args:
-        mesh: with axes `DATA` and `MODEL`, or None for the default device.
+        mesh: mesh with axes `DATA` and `MODEL`; None for the default device.
     """
 
     def __init__(self, mesh: Mesh | None = None):
@@ -36,11 +36,13 @@ class Devices:
 
     @classmethod
     def of(cls, shape: tuple[int, int] | None) -> "Devices":
-        """A mesh of data x model devices; None: one device, or every device of every process as `data` if there are
-        several processes.
+        """Build the mesh from its shape (data, model).
+
+        Args:
+            shape: None for one device or, in a multi-process run, for all devices of all processes along `data`.
 
         Raises:
-            BarberError: there are not so many devices, or some process would have none of them.
+            BarberError: there are too few devices, or a multi-process run would leave some unused.
         """
         count = jax.device_count()
         if shape is None:
@@ -51,48 +53,55 @@ class Devices:
         if data * model > count:
             raise BarberError(f"--mesh data={data},model={model} needs {data * model} devices; there are {count}")
         if jax.process_count() > 1 and data * model < count:
-            raise BarberError(f"--mesh data={data},model={model}: with many processes all {count} devices must be used")
+            raise BarberError(
+                f"--mesh data={data},model={model}: a run over several processes must use all {count} devices"
+            )
         devices = jax.devices()[: data * model]
         axes = (AxisType.Auto, AxisType.Auto)
         return cls(jax.make_mesh(shape, (DATA, MODEL), axis_types=axes, devices=devices))
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Sizes of data and model."""
+        """Sizes of the mesh axes (data, model); (1, 1) without a mesh."""
         return (1, 1) if self._mesh is None else tuple(self._mesh.devices.shape)
 
     @property
     def used(self) -> list[jax.Device]:
-        """The devices."""
+        """The devices of the mesh, or the default device."""
         return jax.devices()[:1] if self._mesh is None else list(self._mesh.devices.flat)
 
     def context(self) -> contextlib.AbstractContextManager:
-        """In which everything is to be computed."""
+        """Context manager that sets the mesh; all computations of a run belong inside it."""
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
     def put(self, value: np.ndarray, *axes: str | None) -> jax.Array:
-        """An array of the host, spread over mesh axes; each process moves its own part only."""
+        """Copy a host array to the devices; each process transfers only the shards of its own devices.
+
+        Args:
+            axes: for each axis of the array, the mesh axis over which it is sharded, or None. Axes left out are
+                replicated.
+        """
         if self._mesh is None:
             return jnp.asarray(value)
         return jax.make_array_from_callback(value.shape, NamedSharding(self._mesh, P(*axes)), lambda at: value[at])
 
-    def block(self, sub_blocks: Sequence[SubBlock], tensors: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """The parameters of a decoder block."""
+    def put_block(self, sub_blocks: Sequence[SubBlock], tensors: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Copy parameters of a decoder block (path -> array) to the devices, sharded."""
         axes = parameter_axes(sub_blocks)
         return {path: self.put(value, *axes.get(path, ())) for path, value in tensors.items()}
 
-    def masks(self, sub_blocks: Sequence[SubBlock], masks: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Masks [out, in] of the kernels of a decoder block."""
+    def put_masks(self, sub_blocks: Sequence[SubBlock], masks: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Copy the masks of a decoder block (kernel path -> bool [out, in]) to the devices, sharded as the kernels."""
         return {path: self.put(masks[path], *mask_axes(sub, path)) for sub in sub_blocks for path in sub.kernels}
 
     def fetch(self, tree: Any) -> Any:
-        """Arrays -> NumPy arrays, whole on every process."""
+        """Copy a tree of arrays to the host as NumPy arrays, each of them whole on every process."""
         if jax.process_count() > 1:
             tree = jax.jit(lambda tree: tree, out_shardings=NamedSharding(self._mesh, P()))(tree)
         return jax.tree.map(np.asarray, tree)
 
     def check(self, definition: BlockDefinition, samples: int) -> None:
-        """Raise BarberError unless samples and linears divide evenly."""
+        """Raise `BarberError` unless the mesh divides the samples, and the sharded axis of every kernel."""
         data, model = self.shape
         if samples % data:
             raise BarberError(f"--mesh data={data}: {data} does not divide the {samples} samples")
@@ -108,16 +117,16 @@ class Devices:
 
 
 def is_primary() -> bool:
-    """Whether this process is the one that writes and speaks."""
+    """Whether this process is process 0, which writes the files and prints the progress."""
     return jax.process_index() == 0
 
 
-def share(make: Callable[[], Shared]) -> Shared:
-    """What `make` returns on the primary process, on every process; the others do not call it."""
+def broadcast_from_primary(compute: Callable[[], Value]) -> Value:
+    """Call `compute` on the primary process only and return its result on every process."""
     if jax.process_count() == 1:
-        return make()
-    content = np.frombuffer(pickle.dumps(make()) if is_primary() else b"", np.uint8)
-    # Whole gigabytes and the rest: without 64-bit types an int32 is what travels.
+        return compute()
+    content = np.frombuffer(pickle.dumps(compute()) if is_primary() else b"", np.uint8)
+    # The size in bytes may exceed int32, and without 64-bit types int64 is not available: GiB and remainder.
     size = np.asarray(divmod(content.size, 2**30), np.int32)
     whole, rest = multihost_utils.broadcast_one_to_all(size).tolist()
     if not is_primary():
@@ -126,11 +135,11 @@ def share(make: Callable[[], Shared]) -> Shared:
     return pickle.loads(b"".join(multihost_utils.broadcast_one_to_all(piece).tobytes() for piece in pieces))
 
 
-def require_agreement(what: str, known: dict) -> None:
-    """Raise BarberError unless every process knows the same."""
+def require_agreement(what: str, values: dict) -> None:
+    """Raise `BarberError` unless `values` are the same on every process; `what` names them in the message."""
     if jax.process_count() == 1:
         return
-    digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).digest()
-    everyone = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
-    if (everyone != everyone[0]).any():
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).digest()
+    digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
+    if (digests != digests[0]).any():
         raise BarberError(f"the processes differ in {what}; start all with the same command and the same files")

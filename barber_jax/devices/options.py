@@ -1,4 +1,4 @@
-"""Options of what to compute on: devices, processes, precision, memory."""
+"""Command-line options for devices, processes, precision and memory."""
 
 import re
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ ComputeDtype = Literal["float32", "bfloat16"]
 
 
 def parse_mesh(text: str | None) -> tuple[int, int] | None:
-    """`data=N,model=M`, either of them left out for 1 -> (N, M).
+    """Parse `data=N,model=M`, in which either part may be left out (size 1), into (N, M).
 
     Raises:
-        BarberError: not of that form.
+        BarberError: the text is not of this form.
     """
     if text is None:
         return None
@@ -27,34 +27,34 @@ def parse_mesh(text: str | None) -> tuple[int, int] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceOptions(OptionGroup):
-    """What to compute on, and in how much memory."""
+    """Devices, processes, precision and memory."""
 
     compute_dtype: ComputeDtype = "float32"
     """Dtype of activations and matrix products; statistics are always float32."""
     batch: int | None = None
-    """Samples in a micro-batch: sets peak memory. Default 8; on CPU as many as make about 1024 tokens."""
+    """Samples in a micro-batch; determines peak memory. Default 8; on CPU 1024 / --length, between 1 and 8."""
     mesh: str | None = None
-    """data=N,model=M: samples over N, linears over M devices. Default: one device."""
+    """data=N,model=M: shard samples over N and linears over M devices. Default: one device."""
     offload_activations: bool = False
-    """Keep activations in host memory, but for a micro-batch."""
+    """Keep activations in host memory, with one micro-batch at a time on the device."""
     compilation_cache: str | None = None
-    """Folder that keeps compiled programs, or off. Default: in the user's cache folder."""
+    """Folder for compiled programs, or off. Default: a folder in the user's cache."""
     coordinator: str | None = None
-    """host:port of process 0, where no cluster tells JAX of it."""
+    """host:port of process 0. Only needed where JAX cannot find it through the cluster."""
     processes: int | None = None
     """Number of processes (with --coordinator)."""
     process: int | None = None
-    """Number of this process, from 0 (with --coordinator)."""
+    """Index of this process, from 0 (with --coordinator)."""
 
     def settle(self) -> None:
         self._require_least(1, "batch")
         parse_mesh(self.mesh)
-        by_hand = (self.coordinator, self.processes, self.process)
-        if all(option is None for option in by_hand):
+        given = (self.coordinator, self.processes, self.process)
+        if all(option is None for option in given):
             return
-        if None in by_hand:
+        if None in given:
             raise BarberError("--coordinator, --processes and --process: give all three of them")
         if not re.fullmatch(r"\S+:[0-9]{1,5}", self.coordinator):
             raise BarberError(f"--coordinator {self.coordinator!r} is not host:port")
         if not 0 <= self.process < self.processes:
-            raise BarberError(f"--process {self.process} is not one of the {self.processes} --processes, from 0 on")
+            raise BarberError(f"--process {self.process} must be at least 0 and below --processes {self.processes}")

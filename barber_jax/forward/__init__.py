@@ -1,14 +1,14 @@
-"""Forward: activations through a model, one decoder block in memory at a time.
+"""Forward: forward passes through a model with one decoder block in memory at a time, and perplexity.
 
 May import: console, masks, models, data, convert, devices.
 
 | module | what it holds |
 |---|---|
-| `passes` | jitted passes through embeddings, a block, the head |
+| `passes` | jitted passes through the embeddings, a block and the head |
 | `streams` | hidden states of all samples, on the device or in host memory |
-| `dense` | forward of a whole checkpoint, block by block |
+| `dense` | forward pass through a whole checkpoint, block by block |
 | `perplexity` | perplexity of a checkpoint |
-| `resident` | a whole model in memory: scores of sequences, generation |
+| `resident` | a whole model in device memory: log-likelihoods and generation |
 """
 
 from barber_jax.forward.perplexity import perplexity

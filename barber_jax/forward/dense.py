@@ -1,4 +1,4 @@
-"""Dense forward of a whole checkpoint, one block in memory at a time."""
+"""Forward pass through a whole checkpoint with one decoder block in memory at a time."""
 
 from collections.abc import Callable, Iterator
 
@@ -15,8 +15,12 @@ from barber_jax.models.family import Model
 from barber_jax.models.sharding import DATA
 
 
-def on_devices(checkpoint: Checkpoint, names: dict[str, str], devices: Devices) -> passes.Parameters:
-    """A part's parameters, the same on every device."""
+def read_replicated(checkpoint: Checkpoint, names: dict[str, str], devices: Devices) -> passes.Parameters:
+    """Read parameters from a checkpoint and replicate them on every device.
+
+    Args:
+        names: parameter path -> tensor name in the checkpoint.
+    """
     return {path: devices.put(value) for path, value in read_parameters(checkpoint, names).items()}
 
 
@@ -29,32 +33,33 @@ def final_hidden(
     visit: Callable[[passes.Parameters, Stream], None] = lambda parameters, stream: None,
     phase: Phase | None = None,
 ) -> Stream:
-    """Hidden state after the last block.
+    """Run all blocks of a checkpoint and return the hidden states after the last one.
 
     Args:
         ids: int32 [M, B, L] token ids, M micro-batches of B sequences.
-        offload: keep activations in host memory, but for a micro-batch.
-        visit: called with every block's parameters and the stream that enters it, in turn.
-        phase: told of every block that is done, if given.
+        offload: keep activations in host memory, with one micro-batch at a time on the device.
+        visit: called before each block with the block's parameters and its input stream.
+        phase: advanced after each block, if given.
 
     Returns:
-        stream of [M, B, L, D].
+        Stream [M, B, L, D], before the final norm.
     """
-    embedding = on_devices(checkpoint, model.names.embed, devices)
-    # Offloaded micro-batches are embedded one by one: all at once would have to fit on the device.
+    embedding = read_replicated(checkpoint, model.names.embed, devices)
+    # With offloading, embed one micro-batch at a time: all of them might not fit on the device.
     chunks = np.split(ids, len(ids)) if offload else [ids]
     embedded = (passes.embed(model.embed(), embedding, devices.put(chunk, None, DATA)) for chunk in chunks)
     stream, block = Stream(embedded, offload), model.block()
     for index in range(model.layers):
-        # Read from disk while the block before is still computed; the devices hold one block at a time.
+        # Read from disk while the devices still compute the previous block, but copy only after that: the devices
+        # hold one block at a time.
         read = read_parameters(checkpoint, model.names.of_block(index))
         stream.ready()
         if phase and index:
             phase.advance()
-        parameters = devices.block(model.sub_blocks, read)
+        parameters = devices.put_block(model.sub_blocks, read)
         visit(parameters, stream)
-        moved = (passes.propagate(block, parameters, {}, chunk) for chunk in stream.take())
-        stream = Stream(moved, offload)
+        propagated = (passes.propagate(block, parameters, {}, chunk) for chunk in stream.take())
+        stream = Stream(propagated, offload)
     stream.ready()
     if phase:
         phase.advance()
@@ -62,9 +67,9 @@ def final_hidden(
 
 
 def logits(checkpoint: Checkpoint, model: Model, ids: np.ndarray) -> Iterator[jax.Array]:
-    """float32 [B, L, vocabulary] logits of each micro-batch of ids, int32 [M, B, L], in turn."""
+    """Yield the logits of each micro-batch, float32 [B, L, vocabulary], for token ids int32 [M, B, L]."""
     devices = Devices()
-    parameters = on_devices(checkpoint, model.names.head, devices)
+    parameters = read_replicated(checkpoint, model.names.head, devices)
     for chunk in final_hidden(checkpoint, model, ids, devices).take():
         for batch in chunk:
             yield passes.head(model.head(), parameters, batch)

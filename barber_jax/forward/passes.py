@@ -1,8 +1,8 @@
-"""Activations through parts of a model: jitted once per shape, scanned over micro-batches.
+"""Jitted passes through the embeddings, a decoder block and the head, scanned over micro-batches.
 
-A stream is the hidden state of every calibration sample, [M, B, L, D]: M micro-batches of B samples. At any time one
-micro-batch's intermediate activations exist, so peak memory follows B and not the number of samples. Parameters are
-flat dicts of Flax paths (see models.decoder); kernels [in, out], masks [out, in].
+A stream holds the hidden states of all calibration samples, [M, B, L, D]: M micro-batches of B samples. Only one
+micro-batch's intermediate activations exist at a time, so peak memory depends on B and not on the number of samples.
+Parameters are flat dicts of Flax paths (see models.decoder); kernels are [in, out], masks [out, in].
 """
 
 from collections.abc import Callable
@@ -20,27 +20,30 @@ Parameters = dict[str, jax.Array]
 
 
 def default_batch(length: int) -> int:
-    """Samples of a micro-batch where the user says nothing: on CPU about 1024 tokens, which stay in its caches."""
+    """Default number of samples in a micro-batch: 8, or on CPU about 1024 tokens so that they stay in its caches."""
     return min(8, max(1, 1024 // length)) if jax.default_backend() == "cpu" else 8
 
 
 def micro_batches(ids: np.ndarray, batch: int, multiple: int = 1, held_out: int = 0) -> np.ndarray:
-    """[S, L] -> [M, B, L] with B the largest divisor of S that is at most `batch` and a multiple of `multiple`, which
-    divides S; the last `held_out` samples fill micro-batches of their own."""
+    """Split samples [S, L] into micro-batches [M, B, L].
+
+    B is the largest number up to `batch` that divides S and `held_out` and is a multiple of `multiple`; if there is
+    none, `multiple` itself, which must divide both. So no micro-batch mixes the last `held_out` samples with others.
+    """
     sizes = range(multiple, max(multiple, min(batch, len(ids))) + 1, multiple)
     size = max(b for b in sizes if len(ids) % b == 0 and held_out % b == 0)
     return ids.reshape(-1, size, ids.shape[1])
 
 
 def sparsify(parameters: Parameters, masks: dict[str, jax.Array]) -> Parameters:
-    """Zero the pruned weights; a kernel without a mask stays dense."""
+    """Return the parameters with pruned weights set to zero; a kernel without a mask stays dense."""
     zeroed = {path: jnp.where(mask.T, parameters[path], 0) for path, mask in masks.items()}
     return {**parameters, **zeroed}
 
 
 @partial(jax.jit, static_argnames="definition")
 def embed(definition: Definition, parameters: Parameters, ids: jax.Array) -> jax.Array:
-    """int32 [M, B, L] token ids -> stream [M, B, L, D]."""
+    """Embed token ids: int32 [M, B, L] -> stream [M, B, L, D]."""
     return constrain(lax.map(definition.bind(parameters), ids), None, DATA)
 
 
@@ -48,7 +51,7 @@ def embed(definition: Definition, parameters: Parameters, ids: jax.Array) -> jax
 def propagate(
     definition: BlockDefinition, parameters: Parameters, masks: dict[str, jax.Array], stream: jax.Array
 ) -> jax.Array:
-    """The stream after the block under these masks ({}: dense). Consumes `stream`."""
+    """Propagate a stream [M, B, L, D] through a block under its masks ({} for a dense block). Donates `stream`."""
     sparse = sparsify(parameters, masks)
     return constrain(lax.map(lambda hidden: definition.run(sparse, constrain(hidden, DATA)), stream), None, DATA)
 
@@ -60,17 +63,21 @@ def statistics(
     parameters: Parameters,
     stream: jax.Array,
 ) -> dict[str, jax.Array]:
-    """What a criterion wants to know of every linear's input, from a forward of the dense block.
+    """Compute a criterion's statistic of every linear's input in a forward pass of the dense block.
+
+    Args:
+        statistic: activations [B, L, I] -> float32 array; see `Criterion.statistic`.
+        stream: [M, B, L, D].
 
     Returns:
-        input name (second of `SubBlock.linears`) -> `statistic` summed over the stream.
+        Input name (second of `SubBlock.linears`) -> statistic summed over the micro-batches.
     """
 
     def measure(hidden: jax.Array) -> dict[str, jax.Array]:
-        seen = {}
-        tap = lambda name, value: seen.__setitem__(name, constrain(statistic(value)))  # noqa: E731
+        measured = {}
+        tap = lambda name, value: measured.__setitem__(name, constrain(statistic(value)))  # noqa: E731
         definition.run(parameters, constrain(hidden, DATA), tap)
-        return seen
+        return measured
 
     zeros = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), jax.eval_shape(measure, stream[0]))
     total, _ = lax.scan(lambda total, hidden: (jax.tree.map(jnp.add, total, measure(hidden)), None), zeros, stream)
@@ -79,5 +86,5 @@ def statistics(
 
 @partial(jax.jit, static_argnames="definition")
 def head(definition: Definition, parameters: Parameters, hidden: jax.Array) -> jax.Array:
-    """float32 logits [B, L, vocabulary] of one micro-batch [B, L, D] of final hidden states."""
+    """Logits of one micro-batch: final hidden states [B, L, D] -> float32 [B, L, vocabulary]."""
     return definition.bind(parameters)(hidden).astype(jnp.float32)

@@ -1,7 +1,7 @@
-"""A whole model on the devices, for evaluations that come back to it again and again.
+"""A whole model in device memory: log-likelihoods of tokens and greedy generation, for zero-shot evaluation.
 
-The blocks' parameters are stacked, [blocks, ...], and scanned over, so that one block is compiled whatever the depth.
-Over a mesh, sequences are spread over `data` and the blocks' linears over `model`.
+The blocks' parameters are stacked, [blocks, ...], and scanned over, so that only one block is compiled at any depth.
+On a mesh, sequences are sharded over `data` and the blocks' linears over `model`.
 """
 
 from collections.abc import Callable
@@ -17,23 +17,23 @@ from barber_jax.convert.checkpoint import Checkpoint
 from barber_jax.convert.parameters import read_parameters
 from barber_jax.devices.mesh import Devices
 from barber_jax.forward.passes import Parameters
-from barber_jax.models.decoder import BlockDefinition, Definition, Memory
+from barber_jax.models.decoder import BlockDefinition, BlockKVCache, Definition
 from barber_jax.models.family import Model
 from barber_jax.models.sharding import DATA, constrain, parameter_axes
 
-# The head looks at this many places at a time, so that logits over a large vocabulary stay small.
-HEAD_PLACES = 256
+HEAD_POSITIONS = 256
+"""Positions for which logits are computed at a time: over a large vocabulary all of them would take much memory."""
 
-Keys = tuple[jax.Array, jax.Array]
-"""Keys and values of every block, [blocks, B, T, K, E] each."""
+KVCache = tuple[jax.Array, jax.Array]
+"""Keys and values of all blocks, [blocks, B, T, K, E] each."""
 
 
 def stacked_blocks(checkpoint: Checkpoint, model: Model, devices: Devices) -> Parameters:
-    """Every block's parameters: path -> [blocks, ...]."""
+    """Read the parameters of all blocks and stack them on the devices: path -> [blocks, ...]."""
     axes = parameter_axes(model.sub_blocks)
     stacked = {}
     for path in model.names.block:
-        # One path at a time: the host never holds the model as well.
+        # One path at a time, so that host memory never holds the whole model.
         parts = [
             read_parameters(checkpoint, {path: model.names.of_block(index)[path]})[path]
             for index in range(model.layers)
@@ -43,105 +43,127 @@ def stacked_blocks(checkpoint: Checkpoint, model: Model, devices: Devices) -> Pa
 
 
 @partial(jax.jit, static_argnames=("embed", "block"))
-def _states(
-    embed: Definition, block: BlockDefinition, first: Parameters, blocks: Parameters, ids: jax.Array
+def _hidden_states(
+    embed: Definition, block: BlockDefinition, embed_parameters: Parameters, blocks: Parameters, ids: jax.Array
 ) -> jax.Array:
-    """int32 [B, L] -> [B, L, D] final hidden states."""
+    """Hidden states after the last block, [B, L, D], of token ids int32 [B, L]."""
 
     def step(hidden: jax.Array, layer: Parameters) -> tuple[jax.Array, None]:
         return constrain(block.run(layer, hidden), DATA), None
 
-    return lax.scan(step, constrain(embed.bind(first)(ids), DATA), blocks)[0]
+    return lax.scan(step, constrain(embed.bind(embed_parameters)(ids), DATA), blocks)[0]
 
 
 @partial(jax.jit, static_argnames="head")
-def _judge(
-    head: Definition, last: Parameters, hidden: jax.Array, rows: jax.Array, places: jax.Array, targets: jax.Array
+def _log_likelihoods(
+    head: Definition,
+    head_parameters: Parameters,
+    hidden: jax.Array,
+    rows: jax.Array,
+    positions: jax.Array,
+    targets: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of each target token, and whether it is the likeliest.
+    """Log-probability of each target token after the given position, and whether it is the most likely token.
 
     Args:
-        hidden: [B, L, D]. rows, places, targets: int32 [N], N a multiple of HEAD_PLACES or less than it.
+        hidden: [B, L, D] hidden states after the last block.
+        rows, positions, targets: int32 [N]; N is a multiple of HEAD_POSITIONS, or below it.
 
     Returns:
-        float32 [N], bool [N].
+        float32 [N] and bool [N].
     """
-    module = head.bind(last)
+    module = head.bind(head_parameters)
 
     def part(piece: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         logits = module(piece[0][None])[0].astype(jnp.float32)
         chosen = jnp.take_along_axis(logits, piece[1][:, None], axis=1)[:, 0]
         return chosen - jax.nn.logsumexp(logits, axis=1), jnp.argmax(logits, axis=1) == piece[1]
 
-    step = min(HEAD_PLACES, len(rows))
-    states = hidden[rows, places].reshape(-1, step, hidden.shape[-1])
-    log, likeliest = lax.map(part, (states, targets.reshape(-1, step)))
-    return constrain(log.reshape(-1)), constrain(likeliest.reshape(-1))
+    step = min(HEAD_POSITIONS, len(rows))
+    states = hidden[rows, positions].reshape(-1, step, hidden.shape[-1])
+    log_probabilities, greedy = lax.map(part, (states, targets.reshape(-1, step)))
+    return constrain(log_probabilities.reshape(-1)), constrain(greedy.reshape(-1))
 
 
-@partial(jax.jit, static_argnames=("embed", "block", "head", "room"))
-def _read(
+@partial(jax.jit, static_argnames=("embed", "block", "head", "capacity"))
+def _prefill(
     embed: Definition,
     block: BlockDefinition,
     head: Definition,
     parameters: tuple[Parameters, Parameters, Parameters],
     ids: jax.Array,
     lengths: jax.Array,
-    room: int,
-) -> tuple[jax.Array, Keys]:
-    """Read prompts: int32 [B, L] ids of which row b has lengths[b] -> likeliest next token [B], and the keys and
-    values with room for `room` positions."""
-    first, blocks, last = parameters
+    capacity: int,
+) -> tuple[jax.Array, KVCache]:
+    """Process prompts and fill the key-value cache.
 
-    def step(hidden: jax.Array, layer: Parameters) -> tuple[jax.Array, Keys]:
-        memory = Memory()
-        hidden = block.run(layer, hidden, memory=memory)
-        grow = ((0, 0), (0, room - ids.shape[1]), (0, 0), (0, 0))
-        return constrain(hidden, DATA), (jnp.pad(memory.keys, grow), jnp.pad(memory.values, grow))
+    Args:
+        parameters: of the embeddings, the blocks and the head.
+        ids: int32 [B, L] prompts, padded on the right.
+        lengths: int32 [B], lengths of the prompts without padding.
+        capacity: positions that the cache has room for.
 
-    hidden, keys = lax.scan(step, constrain(embed.bind(first)(ids), DATA), blocks)
+    Returns:
+        The most likely next token of each prompt, [B], and the cache.
+    """
+    embed_parameters, blocks, head_parameters = parameters
+
+    def step(hidden: jax.Array, layer: Parameters) -> tuple[jax.Array, KVCache]:
+        cache = BlockKVCache()
+        hidden = block.run(layer, hidden, cache=cache)
+        padding = ((0, 0), (0, capacity - ids.shape[1]), (0, 0), (0, 0))
+        return constrain(hidden, DATA), (jnp.pad(cache.keys, padding), jnp.pad(cache.values, padding))
+
+    hidden, cache = lax.scan(step, constrain(embed.bind(embed_parameters)(ids), DATA), blocks)
     final = hidden[jnp.arange(len(ids)), lengths - 1]
-    return constrain(jnp.argmax(head.bind(last)(final[:, None])[:, 0], axis=-1)), keys
+    return constrain(jnp.argmax(head.bind(head_parameters)(final[:, None])[:, 0], axis=-1)), cache
 
 
-@partial(jax.jit, static_argnames=("embed", "block", "head", "steps"), donate_argnames="keys")
-def _continue(
+@partial(jax.jit, static_argnames=("embed", "block", "head", "steps"), donate_argnames="cache")
+def _decode(
     embed: Definition,
     block: BlockDefinition,
     head: Definition,
     parameters: tuple[Parameters, Parameters, Parameters],
     token: jax.Array,
     position: jax.Array,
-    keys: Keys,
+    cache: KVCache,
     steps: int,
-) -> tuple[jax.Array, jax.Array, Keys]:
-    """Put `token` [B] at `position` [B], and so on for `steps` tokens -> int32 [B, steps] the tokens put, the one to
-    put next, keys. Consumes `keys`."""
-    first, blocks, last = parameters
-    embedding, output = embed.bind(first), head.bind(last)
+) -> tuple[jax.Array, jax.Array, KVCache]:
+    """Generate greedily for `steps` tokens, starting with `token` at `position`. Donates `cache`.
 
-    def put(carry: tuple[jax.Array, jax.Array, Keys], _: None) -> tuple[Any, jax.Array]:
-        token, position, keys = carry
+    Args:
+        parameters: of the embeddings, the blocks and the head.
+        token, position: int32 [B], the first token to append to each sequence, and its position.
 
-        def step(hidden: jax.Array, layer: tuple[Parameters, Keys]) -> tuple[jax.Array, Keys]:
-            memory = Memory(position, *layer[1])
-            hidden = block.run(layer[0], hidden, memory=memory)
-            return hidden, (memory.keys, memory.values)
+    Returns:
+        The appended tokens int32 [B, steps], which begin with `token`; the next token [B]; and the cache.
+    """
+    embed_parameters, blocks, head_parameters = parameters
+    embedding, output = embed.bind(embed_parameters), head.bind(head_parameters)
 
-        hidden, keys = lax.scan(step, embedding(token[:, None], position), (blocks, keys))
+    def append(carry: tuple[jax.Array, jax.Array, KVCache], _: None) -> tuple[Any, jax.Array]:
+        token, position, cache = carry
+
+        def step(hidden: jax.Array, layer: tuple[Parameters, KVCache]) -> tuple[jax.Array, KVCache]:
+            cache = BlockKVCache(position, *layer[1])
+            hidden = block.run(layer[0], hidden, cache=cache)
+            return hidden, (cache.keys, cache.values)
+
+        hidden, cache = lax.scan(step, embedding(token[:, None], position), (blocks, cache))
         following = jnp.argmax(output(hidden)[:, 0], axis=-1).astype(token.dtype)
-        return (following, position + 1, keys), token
+        return (following, position + 1, cache), token
 
-    (token, _, keys), tokens = lax.scan(put, (token, position, keys), None, length=steps)
-    return constrain(tokens.T), constrain(token), keys
+    (token, _, cache), tokens = lax.scan(append, (token, position, cache), None, length=steps)
+    return constrain(tokens.T), constrain(token), cache
 
 
 class ResidentModel:
-    """A model whose parameters stay on the devices.
+    """A model whose parameters stay in device memory.
 
     Args:
-        checkpoint, model: what to load; tensors already checked.
-        devices: where to.
+        checkpoint, model: the model to load; its tensors are already checked.
+        devices: devices to load it on.
     """
 
     def __init__(self, checkpoint: Checkpoint, model: Model, devices: Devices):
@@ -152,28 +174,29 @@ class ResidentModel:
         self._definitions = (model.embed(), model.block(), model.head())
         self._parameters = (put(model.names.embed), stacked_blocks(checkpoint, model, devices), put(model.names.head))
 
-    def judge(
-        self, ids: np.ndarray, rows: np.ndarray, places: np.ndarray, targets: np.ndarray
+    def log_likelihoods(
+        self, ids: np.ndarray, rows: np.ndarray, positions: np.ndarray, targets: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """How likely given tokens are after given places of a batch of sequences.
+        """Log-probability of token targets[n] as the one after position positions[n] of sequence rows[n].
 
         Args:
-            ids: int32 [B, L]; B a multiple of the mesh's `data`.
-            rows, places, targets: int32 [N]: token targets[n] after places[n] of sequence rows[n].
+            ids: int32 [B, L] sequences; B is a multiple of the mesh's `data`.
+            rows, positions, targets: int32 [N].
 
         Returns:
-            natural log-probabilities float32 [N], and whether the token is the likeliest, bool [N].
+            Natural log-probabilities, float32 [N], and whether each token is the most likely one, bool [N].
         """
         embed, block, head = self._definitions
-        first, blocks, last = self._parameters
+        embed_parameters, blocks, head_parameters = self._parameters
         count = len(rows)
-        # To a power of two, or whole steps of the head: a handful of shapes.
-        size = 1 << max(4, (count - 1).bit_length()) if count < HEAD_PLACES else -(-count // HEAD_PLACES) * HEAD_PLACES
-        padded = [np.pad(np.asarray(values, np.int32), (0, size - count)) for values in (rows, places, targets)]
+        # Pad to a power of two, or to whole steps of the head, so that only a few shapes are compiled.
+        steps = -(-count // HEAD_POSITIONS)
+        size = 1 << max(4, (count - 1).bit_length()) if count < HEAD_POSITIONS else steps * HEAD_POSITIONS
+        padded = [np.pad(np.asarray(values, np.int32), (0, size - count)) for values in (rows, positions, targets)]
         with self._devices.context():
-            hidden = _states(embed, block, first, blocks, self._devices.put(ids, DATA))
-            log, likeliest = _judge(head, last, hidden, *map(self._devices.put, padded))
-        return np.asarray(log)[:count], np.asarray(likeliest)[:count]
+            hidden = _hidden_states(embed, block, embed_parameters, blocks, self._devices.put(ids, DATA))
+            log_probabilities, greedy = _log_likelihoods(head, head_parameters, hidden, *map(self._devices.put, padded))
+        return np.asarray(log_probabilities)[:count], np.asarray(greedy)[:count]
 
     def generate(
         self, ids: np.ndarray, lengths: np.ndarray, tokens: int, steps: int, stop: Callable[[np.ndarray], bool]
@@ -181,22 +204,23 @@ class ResidentModel:
         """Continue prompts greedily.
 
         Args:
-            ids: int32 [B, L] prompts, padded on the right; lengths: int32 [B], their own lengths.
-            tokens: the most tokens to add; a multiple of `steps`.
-            steps: tokens between two calls of `stop`.
-            stop: called with what was added so far, int32 [B, n]; true ends it.
+            ids: int32 [B, L] prompts, padded on the right.
+            lengths: int32 [B], lengths of the prompts without padding.
+            tokens: maximum number of tokens to generate, a multiple of `steps`.
+            steps: tokens generated between two calls of `stop`.
+            stop: called with the tokens generated so far, int32 [B, n]; generation ends when it returns True.
 
         Returns:
-            int32 [B, n] added tokens, n a multiple of `steps`.
+            Generated tokens int32 [B, n], n a multiple of `steps`.
         """
-        put, made = self._devices.put, []
+        put, generated = self._devices.put, []
         with self._devices.context():
-            room = ids.shape[1] + tokens
-            token, keys = _read(*self._definitions, self._parameters, put(ids, DATA), put(lengths, DATA), room)
+            capacity = ids.shape[1] + tokens
+            token, cache = _prefill(*self._definitions, self._parameters, put(ids, DATA), put(lengths, DATA), capacity)
             for begin in range(0, tokens, steps):
                 position = put(np.asarray(lengths + begin, np.int32), DATA)
-                more, token, keys = _continue(*self._definitions, self._parameters, token, position, keys, steps)
-                made.append(np.asarray(more))
-                if stop(np.concatenate(made, axis=1)):
+                more, token, cache = _decode(*self._definitions, self._parameters, token, position, cache, steps)
+                generated.append(np.asarray(more))
+                if stop(np.concatenate(generated, axis=1)):
                     break
-        return np.concatenate(made, axis=1)
+        return np.concatenate(generated, axis=1)

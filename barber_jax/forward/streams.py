@@ -1,4 +1,4 @@
-"""Activation streams: the hidden state of every calibration sample, on the device or in host memory."""
+"""Activation streams: the hidden states of all calibration samples, kept on the device or in host memory."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -7,43 +7,44 @@ import jax
 
 
 class Stream:
-    """Hidden states [M, B, L, D] of M micro-batches of B samples, in chunks of micro-batches.
+    """Hidden states [M, B, L, D] of M micro-batches of B samples, split along M into chunks.
 
-    On the device one chunk holds all. Offloaded, each micro-batch is a chunk of its own in (pinned) host memory and
-    is on the device only while it is worked on, so that the device needs room for one micro-batch.
+    On the device there are one or two chunks: the training samples and, where there are any, the held-out ones.
+    Offloaded, each micro-batch is a chunk in pinned host memory and is copied to the device only for its computation,
+    so that the device holds one micro-batch at a time.
 
     Args:
-        chunks: arrays on the device, [m, B, L, D] each; taken one at a time.
-        offload: keep them in host memory.
+        chunks: arrays [m, B, L, D] on the device, consumed one at a time.
+        offload: keep the chunks in host memory.
 
     Attributes:
-        offloaded: the same.
+        offloaded: whether the chunks are kept in host memory.
     """
 
     def __init__(self, chunks: Iterable[jax.Array], offload: bool):
         self.offloaded = offload
         self._chunks: list[jax.Array] = []
         for chunk in chunks:
-            self._chunks.append(self._keep(chunk))
+            self._chunks.append(self._store(chunk))
 
-    def _keep(self, chunk: jax.Array) -> jax.Array:
+    def _store(self, chunk: jax.Array) -> jax.Array:
         if not self.offloaded:
             return chunk
-        # Waited for: what is dispatched ahead holds its device memory already.
+        # Wait for the copy: the next chunk's computation would be dispatched ahead and allocate its device memory.
         return jax.block_until_ready(jax.device_put(chunk, chunk.sharding.with_memory_kind("pinned_host")))
 
     def __iter__(self) -> Iterator[jax.Array]:
-        """The chunks, on the device."""
+        """Yield the chunks, copied to the device."""
         for chunk in self._chunks:
-            yield self._bring(chunk)
+            yield self._to_device(chunk)
 
     def __len__(self) -> int:
-        """How many chunks there are."""
+        """Number of chunks."""
         return len(self._chunks)
 
     @classmethod
     def joined(cls, streams: Iterable["Stream"]) -> "Stream":
-        """One stream of the chunks of several, sharing their memory; all must be kept in the same place."""
+        """Concatenate streams without copying their chunks; all must be offloaded, or none."""
         streams = list(streams)
         joined = cls((), streams[0].offloaded)
         joined._chunks = [chunk for stream in streams for chunk in stream._chunks]
@@ -51,44 +52,44 @@ class Stream:
 
     @property
     def micro_batch(self) -> int:
-        """B."""
+        """Samples in a micro-batch, B."""
         return self._chunks[0].shape[1]
 
     def at(self, index: int) -> jax.Array:
-        """One chunk, on the device."""
-        return self._bring(self._chunks[index])
+        """Return one chunk, copied to the device."""
+        return self._to_device(self._chunks[index])
 
     def part(self, chosen: slice) -> "Stream":
-        """A stream of some of the chunks, sharing their memory."""
+        """Return a stream of the chosen chunks without copying them."""
         part = Stream((), self.offloaded)
         part._chunks = self._chunks[chosen]
         return part
 
     def take(self) -> Iterator[jax.Array]:
-        """The chunks, on the device, each removed from the stream: the caller may donate it."""
+        """Yield the chunks, copied to the device, and remove each from the stream so that the caller may donate it."""
         while self._chunks:
-            yield self._bring(self._chunks.pop(0))
+            yield self._to_device(self._chunks.pop(0))
 
-    def _bring(self, chunk: jax.Array) -> jax.Array:
+    def _to_device(self, chunk: jax.Array) -> jax.Array:
         if not self.offloaded:
             return chunk
         return jax.device_put(chunk, chunk.sharding.with_memory_kind("device"))
 
     def ready(self) -> "Stream":
-        """Wait until every chunk is computed."""
+        """Wait until every chunk is computed, and return the stream."""
         jax.block_until_ready(self._chunks)
         return self
 
 
 @dataclass
 class Streams:
-    """The activations that go through the model.
+    """The activation streams of a pruning run, each at the current block or sub-block.
 
     Attributes:
         start: stream A, of the model under its starting masks.
         rebuilt: stream B, of the model as pruned and rebuilt so far.
-        dense: of the dense model.
-        held_out: how many chunks at the end of each hold the held-out samples.
+        dense: stream of the dense model.
+        held_out: number of chunks at the end of each stream that hold the held-out samples.
 
     A stream is None where the run does not need it.
     """
@@ -100,7 +101,7 @@ class Streams:
 
     @property
     def training(self) -> slice:
-        """The chunks that stages learn from."""
+        """The chunks of training samples, from which stages learn."""
         return slice(None, -self.held_out or None)
 
     @property

@@ -5,10 +5,10 @@ May import: console.
 | module | what it holds |
 |---|---|
 | `pattern` | unstructured and N:M patterns |
-| `selection` | which weights a score prunes, and LLM-Barber's swaps, exactly, on the devices |
+| `selection` | exact selection of the weights that a score prunes, and LLM-Barber's swaps, on the devices |
 | `mask_file` | masks.safetensors, our own format |
 
-Only `selection` needs JAX, and it is not imported here: PyTorch users read mask files without it.
+Only `selection` needs JAX. It is not imported here, so that PyTorch users can read mask files without JAX.
 """
 
 from barber_jax.masks.mask_file import Masks, pack, read_masks, unpack

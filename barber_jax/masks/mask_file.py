@@ -1,7 +1,7 @@
-"""masks.safetensors: which weights a pruned model keeps, one bit a weight.
+"""Reads mask files, masks.safetensors, which say which weights a pruned model keeps, in one bit per weight.
 
 One uint8 tensor per pruned matrix, under the weight's Hugging Face name: `numpy.packbits` of the flattened [out, in]
-mask, True = kept. The header's metadata hold format, version, pattern, sparsity and the matrices' shapes.
+mask, True = kept. The header's metadata hold format, version, pattern, sparsity and the shapes of the matrices.
 """
 
 import json
@@ -21,30 +21,30 @@ VERSION = 1
 
 
 def packed_length(shape: tuple[int, int]) -> int:
-    """Bytes that a packed [out, in] mask takes."""
+    """Length in bytes of a packed [out, in] mask."""
     return -(-math.prod(shape) // 8)
 
 
 def pack(mask: np.ndarray) -> np.ndarray:
-    """Eight weights a byte: bool [out, in] -> uint8 [ceil(out * in / 8)]. Raises ValueError if not a bool matrix."""
+    """Pack a mask into bits: bool [out, in] -> uint8 [ceil(out * in / 8)]. Raises ValueError for other arrays."""
     if mask.dtype != np.bool_ or mask.ndim != 2:
         raise ValueError(f"a mask is a bool matrix, not {mask.dtype} of shape {mask.shape}")
     return np.packbits(mask.reshape(-1))
 
 
 def unpack(packed: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """The inverse of `pack`: uint8 [ceil(out * in / 8)] -> bool [out, in]. Raises ValueError if they do not fit."""
+    """Invert `pack`: uint8 [ceil(out * in / 8)] -> bool [out, in]. Raises ValueError if dtype or length is wrong."""
     if packed.dtype != np.uint8 or packed.shape != (packed_length(shape),):
         raise ValueError(f"{packed.dtype} of shape {packed.shape} is not a packed mask of shape {tuple(shape)}")
     return np.unpackbits(packed, count=math.prod(shape)).view(np.bool_).reshape(shape)
 
 
 def mask_metadata(pattern: str, sparsity: float, shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
-    """The header metadata of a mask file.
+    """Build the header metadata of a mask file.
 
     Args:
         pattern: "unstructured" or N:M such as "2:4".
-        sparsity: the fraction of weights pruned.
+        sparsity: fraction of weights pruned.
         shapes: weight name -> (out, in).
     """
     return {
@@ -57,12 +57,12 @@ def mask_metadata(pattern: str, sparsity: float, shapes: Mapping[str, tuple[int,
 
 
 class Masks:
-    """A mask file opened for reading; masks are read when asked for.
+    """A mask file opened for reading; each mask is read when it is requested.
 
     Attributes:
         path: the file.
         pattern: "unstructured" or N:M such as "2:4".
-        sparsity: the fraction of weights pruned that was asked for.
+        sparsity: requested fraction of weights pruned.
         shapes: weight name -> (out, in).
     """
 
@@ -76,17 +76,17 @@ class Masks:
         self._check_tensors()
 
     def names(self) -> list[str]:
-        """The pruned weights' Hugging Face names."""
+        """Hugging Face names of the pruned weights."""
         return list(self.shapes)
 
     def read(self, name: str) -> np.ndarray:
-        """One mask, bool [out, in], True = kept. Raises BarberError if the file has none of that name."""
+        """Read one mask, bool [out, in], True = kept. Raises BarberError if the file has no mask of that name."""
         return unpack(self.packed(name), self.shapes[name])
 
     def packed(self, name: str) -> np.ndarray:
-        """One mask as `pack` makes it, uint8. Raises BarberError if the file has none of that name."""
+        """Read one packed mask, uint8, as from `pack`. Raises BarberError if the file has no mask of that name."""
         if name not in self.shapes:
-            raise BarberError(f"{self.path}: no mask for {name}; the first there is {next(iter(self.shapes), 'none')}")
+            raise BarberError(f"{self.path}: no mask for {name}; its first mask is {next(iter(self.shapes), 'none')}")
         try:
             return self._file.get_tensor(name)
         except (SafetensorError, OSError) as error:
@@ -99,7 +99,7 @@ class Masks:
         metadata = self._file.metadata() or {}
         if metadata.get("format") != FORMAT:
             raise BarberError(
-                f"{self.path}: not a mask file: its metadata say format {metadata.get('format')!r}, not {FORMAT!r}; "
+                f"{self.path}: not a mask file: its metadata give format {metadata.get('format')!r}, not {FORMAT!r}; "
                 "give the masks.safetensors that was written beside the pruned model"
             )
         version = metadata.get("version", "")
@@ -107,7 +107,7 @@ class Masks:
             raise self._bad(f"version {version!r} is not a number")
         if int(version) > VERSION:
             raise BarberError(
-                f"{self.path}: mask file version {version} is newer than {VERSION}, the newest known; update barber_jax"
+                f"{self.path}: mask file version {version} is newer than {VERSION}, the latest known; update barber_jax"
             )
         for key in ("pattern", "sparsity", "shapes"):
             if not metadata.get(key):
@@ -152,10 +152,10 @@ class Masks:
 
 
 def read_masks(path: str | os.PathLike) -> Masks:
-    """Open a mask file; its header is checked now, its masks are read when asked for.
+    """Open a mask file and check its header; each mask is read when it is requested.
 
     Raises:
-        BarberError: the file is missing, damaged, not a mask file, or of a newer version.
+        BarberError: the file is missing, damaged, not a mask file, or of a newer format version.
     """
     path = Path(path)
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Sparsity patterns: where a mask may have zeros, and how many."""
+"""Sparsity patterns: which weights a mask may prune, and how many."""
 
 import math
 import re
@@ -10,7 +10,7 @@ from barber_jax.console.options import OptionGroup
 
 @dataclass(frozen=True)
 class SparsityPattern:
-    """Where zeros may lie: anywhere (`unstructured`), or `keep` kept in each group of `of` consecutive inputs.
+    """Unstructured sparsity, or N:M: `keep` weights kept in each group of `of` consecutive inputs of an output.
 
     Attributes:
         sparsity: fraction of weights pruned, in [0, 1).
@@ -23,7 +23,7 @@ class SparsityPattern:
 
     @classmethod
     def parse(cls, pattern: str, sparsity: float | None) -> "SparsityPattern":
-        """From the command line's `--pattern` and `--sparsity` (None: not given).
+        """Build a pattern from the options `--pattern` and `--sparsity` (None: not given).
 
         Raises:
             BarberError: an unknown pattern, N > M, a sparsity outside [0, 1) or in conflict with N:M.
@@ -45,24 +45,24 @@ class SparsityPattern:
 
     @property
     def structured(self) -> bool:
-        """Whether it is N:M."""
+        """Whether the pattern is N:M."""
         return self.of > 0
 
     def __str__(self) -> str:
         return f"{self.keep}:{self.of}" if self.structured else "unstructured"
 
     def check_inputs(self, inputs: int, name: str) -> None:
-        """Raise BarberError unless the groups of M fit a linear with that many inputs."""
+        """Raise BarberError unless M divides the number of inputs of the linear `name`."""
         if self.structured and inputs % self.of:
             raise BarberError(f"--pattern {self}: {self.of} does not divide the {inputs} inputs of {name}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PatternOptions(OptionGroup):
-    """How much is pruned, and where."""
+    """Sparsity and its pattern."""
 
     sparsity: float | None = None
-    """Fraction of weights to prune, in [0, 1). Default 0.5, or what N:M implies."""
+    """Fraction of weights to prune, in [0, 1). Default: 0.5, or the fraction that N:M implies."""
     pattern: str | None = None
     """unstructured, or N:M to keep N of every M consecutive inputs. Default: that of --masks, else unstructured."""
 
@@ -71,5 +71,5 @@ class PatternOptions(OptionGroup):
 
     @property
     def sparsity_pattern(self) -> SparsityPattern:
-        """The pattern that --pattern and --sparsity give together."""
+        """The pattern defined by --pattern and --sparsity."""
         return SparsityPattern.parse("unstructured" if self.pattern is None else self.pattern, self.sparsity)

@@ -1,12 +1,12 @@
-"""Models: decoder families in Flax NNX, found by Hugging Face's `model_type`.
+"""Models: decoder families in Flax NNX, selected by the `model_type` of a Hugging Face configuration.
 
 May import: console.
 
 | module | what it holds |
 |---|---|
 | `llama`, `mistral`, `qwen`, `opt` | one family each |
-| `decoder`, `rope` | what families share: blocks, attention, rotary embedding |
-| `family` | the description of one architecture that the rest of the program works with |
+| `decoder`, `rope` | shared by all families: block interface, attention, rotary embedding |
+| `family` | `Model`, the description of an architecture for the rest of the program; reading of config.json |
 | `sharding` | how a block's arrays are sharded over a mesh |
 """
 
@@ -21,14 +21,14 @@ FAMILIES = {
     "qwen2": (qwen.build_qwen2, "Qwen2ForCausalLM"),
     "qwen3": (qwen.build_qwen3, "Qwen3ForCausalLM"),
 }
-"""model_type -> (builder, the one architecture that it is)."""
+"""model_type -> (builder, the supported entry of `architectures`)."""
 
 
 def build_model(config: dict, dtype) -> Model:
-    """The `Model` that a config.json describes, computing in `dtype`.
+    """Build the `Model` that a config.json describes, computing in `dtype`.
 
     Raises:
-        BarberError: unknown model_type or architecture, a quantised checkpoint, or an unsupported entry.
+        BarberError: an unknown model_type or architecture, a quantised checkpoint, or an unsupported entry.
     """
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:

@@ -1,6 +1,6 @@
 """LLaMA in Flax NNX: RMSNorm, rotary grouped-query attention, gated MLP (arXiv 2302.13971, 2307.09288).
 
-The parts serve the relatives too (mistral.py, qwen.py): what those add are switches of `LlamaConfig`.
+mistral.py and qwen.py build on these modules; what they add are switches of `LlamaConfig`.
 """
 
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax
 from flax import nnx
 
-from barber_jax.models.decoder import Block, GatedMLP, Memory, SubBlock, Tap, attend, linear, rms_norm
+from barber_jax.models.decoder import Block, BlockKVCache, GatedMLP, SubBlock, Tap, attend, linear, rms_norm
 from barber_jax.models.family import HFConfig, Model, Names
 from barber_jax.models.rope import Rope
 
@@ -36,8 +36,8 @@ class LlamaConfig:
     """The sizes and switches of a LLaMA-like decoder.
 
     Attributes:
-        qk_norm: RMSNorm over each head's query and key, before the rotation.
-        window: how many of the latest positions a query sees, itself included; None for all.
+        qk_norm: whether each head's query and key go through an RMSNorm before the rotation.
+        window: number of latest positions that a query sees, including its own; None for all.
     """
 
     vocabulary: int
@@ -60,7 +60,7 @@ class LlamaConfig:
 
 
 class LlamaAttention(nnx.Module):
-    """Causal self-attention with rotary positions; H query heads share K key-value heads."""
+    """Causal self-attention with rotary positions and grouped queries: H query heads share K key-value heads."""
 
     def __init__(self, config: LlamaConfig, dtype, rngs: nnx.Rngs):
         queries, keys = config.heads * config.head_size, config.kv_heads * config.head_size
@@ -73,16 +73,16 @@ class LlamaAttention(nnx.Module):
             self.k_norm = rms_norm(config.head_size, config.norm_epsilon, dtype, rngs)
         self.config = config
 
-    def __call__(self, x: jax.Array, tap: Tap, memory: Memory | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, tap: Tap, cache: BlockKVCache | None = None) -> jax.Array:
         config = self.config
         heads = (*x.shape[:2], -1, config.head_size)
         tap("self_attn.in", x)
         q, k, v = (projection(x).reshape(heads) for projection in (self.q_proj, self.k_proj, self.v_proj))
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        position = None if memory is None else memory.position
+        position = None if cache is None else cache.position
         q, k = config.rope.rotate(q, position), config.rope.rotate(k, position)
-        mixed = attend(q, k, v, config.head_size**-0.5, config.window, memory)
+        mixed = attend(q, k, v, config.head_size**-0.5, config.window, cache)
         tap("self_attn.mid", mixed)
         return self.o_proj(mixed)
 
@@ -122,7 +122,7 @@ class LlamaHead(nnx.Module):
 
 
 def read_config(raw: dict) -> LlamaConfig:
-    """config.json of a LLaMA model, with LLaMA's defaults -> LlamaConfig.
+    """Read the config.json of a LLaMA model; absent entries have LLaMA's defaults.
 
     Raises:
         BarberError: an entry is missing, contradictory or not supported; the message names it.
@@ -130,9 +130,9 @@ def read_config(raw: dict) -> LlamaConfig:
     config = HFConfig(raw)
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
     kv_heads = config.size("num_key_value_heads", heads)
-    config.multiple("num_attention_heads", "num_key_value_heads", heads, kv_heads)
+    config.require_multiple("num_attention_heads", "num_key_value_heads", heads, kv_heads)
     if raw.get("head_dim") is None:
-        config.multiple("hidden_size", "num_attention_heads", hidden, heads)
+        config.require_multiple("hidden_size", "num_attention_heads", hidden, heads)
     bias = config.flag("attention_bias", False)
     return LlamaConfig(
         vocabulary=config.size("vocab_size"),
@@ -154,7 +154,7 @@ def read_config(raw: dict) -> LlamaConfig:
 
 
 def names(config: LlamaConfig) -> Names:
-    """The name table for the parameters that this configuration has."""
+    """Build the name table of the parameters that this configuration has."""
     layer = "model.layers.{i}."
     block = {f"{norm}.scale": f"{layer}{norm}.weight" for norm in ("input_layernorm", "post_attention_layernorm")}
     if config.qk_norm:
@@ -177,12 +177,12 @@ def names(config: LlamaConfig) -> Names:
 
 
 def build(raw: dict, dtype) -> Model:
-    """A LLaMA `Model` that computes in `dtype`."""
+    """Build a LLaMA `Model` that computes in `dtype`."""
     return model("llama", read_config(raw), dtype)
 
 
 def model(model_type: str, config: LlamaConfig, dtype) -> Model:
-    """A `Model` of LLaMA or one of its relatives."""
+    """Build a `Model` of LLaMA or of a family that derives from it, computing in `dtype`."""
     return Model(
         model_type=model_type,
         layers=config.layers,

@@ -1,4 +1,4 @@
-"""Mistral (arXiv 2310.06825): LLaMA's block without biases; a query sees the latest `sliding_window` positions."""
+"""Mistral (arXiv 2310.06825): LLaMA without biases, where a query sees the latest `sliding_window` positions."""
 
 from dataclasses import replace
 
@@ -6,11 +6,11 @@ from barber_jax.models import llama
 from barber_jax.models.family import HFConfig, Model
 
 DEFAULTS = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096}
-"""What an absent entry of config.json means, where it differs from LLaMA. A null entry is not an absent one."""
+"""Defaults of absent config.json entries that differ from LLaMA's. An entry that is null is not absent."""
 
 
 def build(raw: dict, dtype) -> Model:
-    """A Mistral `Model` that computes in `dtype`.
+    """Build a Mistral `Model` that computes in `dtype`.
 
     Raises:
         BarberError: an entry of config.json is missing, contradictory or not supported; the message names it.

@@ -1,8 +1,8 @@
 """OPT in Flax NNX: LayerNorm, learned positions, multi-head attention, two-layer MLP (arXiv 2205.01068).
 
-Two layouts. Pre-norm (all sizes but one): a sub-block reads the norm of the hidden state, and a last norm stands
-before the head. Post-norm (the 350m layout): a sub-block reads the hidden state itself, its norm comes after the
-residual, there is no last norm, and the embedding may be narrower than the hidden state.
+There are two layouts. Pre-norm (all sizes but one): a sub-block reads the normalised hidden state, and there is a final
+norm before the head. Post-norm (the 350m layout): a sub-block reads the hidden state itself and is followed by
+residual and norm; there is no final norm, and the embedding may be narrower than the hidden state.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from barber_jax.models.decoder import ACTIVATIONS, Block, Memory, SubBlock, Tap, attend, layer_norm, linear
+from barber_jax.models.decoder import ACTIVATIONS, Block, BlockKVCache, SubBlock, Tap, attend, layer_norm, linear
 from barber_jax.models.family import HFConfig, Model, Names
 
 SUB_BLOCKS = (
@@ -29,7 +29,7 @@ SUB_BLOCKS = (
 )
 
 POSITION_OFFSET = 2
-"""The first position's row of the position table; the rows before it are padding's, never read."""
+"""Row of the position table for position 0. The rows before it are for padding and are never read."""
 
 
 @dataclass(frozen=True)
@@ -66,18 +66,18 @@ class OPTAttention(nnx.Module):
         self.out_proj = linear(config.hidden, config.hidden, config.bias, dtype, rngs)
         self.head_size = config.hidden // config.heads
 
-    def __call__(self, x: jax.Array, tap: Tap, memory: Memory | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, tap: Tap, cache: BlockKVCache | None = None) -> jax.Array:
         heads = (*x.shape[:2], -1, self.head_size)
         tap("self_attn.in", x)
-        # The query is scaled and not the score, as Hugging Face does it: the same roundings.
+        # The query is scaled, not the scores, as in Hugging Face's model, so that both round alike.
         q = (self.q_proj(x) * self.head_size**-0.5).reshape(heads)
-        mixed = attend(q, self.k_proj(x).reshape(heads), self.v_proj(x).reshape(heads), 1.0, memory=memory)
+        mixed = attend(q, self.k_proj(x).reshape(heads), self.v_proj(x).reshape(heads), 1.0, cache=cache)
         tap("self_attn.mid", mixed)
         return self.out_proj(mixed)
 
 
 class OPTMLP(nnx.Module):
-    """fc2(act(fc1(x)))."""
+    """Two-layer MLP: fc2(act(fc1(x)))."""
 
     def __init__(self, config: OPTConfig, dtype, rngs: nnx.Rngs):
         self.fc1 = linear(config.hidden, config.intermediate, config.bias, dtype, rngs)
@@ -94,9 +94,9 @@ class OPTMLP(nnx.Module):
 class OPTBlock(Block):
     """Attention, then MLP, in either layout.
 
-    Pre-norm: `enter` normalises. Post-norm: `enter` is the identity, so the input that a sub-block is pruned and
-    rebuilt on is the hidden state, which is what its linears really read; `leave` normalises after the residual. The
-    reconstruction loss is on the sub-block's output in both, before residual and norm.
+    Pre-norm: `enter` normalises. Post-norm: `enter` is the identity, so that a sub-block is pruned and rebuilt on the
+    hidden state, which is what its linears read; `leave` normalises after the residual. In both, the reconstruction
+    loss is on the sub-block's output, before residual and norm.
     """
 
     def __init__(self, config: OPTConfig, dtype, rngs: nnx.Rngs):
@@ -113,7 +113,7 @@ class OPTBlock(Block):
         after = super().leave(sub, hidden, y)
         return after if self.pre_norm else self._norm(sub, after)
 
-    def spread(self, residual: jax.Array) -> jax.Array:
+    def norm_variance(self, residual: jax.Array) -> jax.Array:
         return jnp.var(residual, axis=-1)
 
     def _norm(self, sub: str, x: jax.Array) -> jax.Array:
@@ -121,7 +121,7 @@ class OPTBlock(Block):
 
 
 class OPTEmbed(nnx.Module):
-    """Token embedding, projected where it is narrower than the hidden state, plus learned positions."""
+    """Token embedding, projected if it is narrower than the hidden state, plus learned position embedding."""
 
     def __init__(self, config: OPTConfig, dtype, rngs: nnx.Rngs):
         self.embed_tokens = nnx.Embed(config.vocabulary, config.embedding, dtype=dtype, rngs=rngs)
@@ -132,12 +132,12 @@ class OPTEmbed(nnx.Module):
         tokens = self.embed_tokens(ids)
         if self.project_in is not None:
             tokens = self.project_in(tokens)
-        places = jnp.arange(ids.shape[-1]) if position is None else position[:, None]
-        return tokens + self.embed_positions(places + POSITION_OFFSET)
+        positions = jnp.arange(ids.shape[-1]) if position is None else position[:, None]
+        return tokens + self.embed_positions(positions + POSITION_OFFSET)
 
 
 class OPTHead(nnx.Module):
-    """Final norm and projection, where the layout has them, and the language-model head."""
+    """Final norm and projection, if the layout has them, and the language-model head."""
 
     def __init__(self, config: OPTConfig, dtype, rngs: nnx.Rngs):
         norm = config.final_norm
@@ -154,14 +154,14 @@ class OPTHead(nnx.Module):
 
 
 def read_config(raw: dict) -> OPTConfig:
-    """config.json of an OPT model -> OPTConfig.
+    """Read the config.json of an OPT model; absent entries have OPT's defaults.
 
     Raises:
         BarberError: an entry is missing, contradictory or not supported; the message names it.
     """
     config = HFConfig(raw)
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
-    config.multiple("hidden_size", "num_attention_heads", hidden, heads)
+    config.require_multiple("hidden_size", "num_attention_heads", hidden, heads)
     pre_norm = config.flag("do_layer_norm_before", True)
     return OPTConfig(
         vocabulary=config.size("vocab_size"),
@@ -181,7 +181,7 @@ def read_config(raw: dict) -> OPTConfig:
 
 
 def names(config: OPTConfig) -> Names:
-    """The name table for the parameters that this configuration has."""
+    """Build the name table of the parameters that this configuration has."""
     decoder, layer = "model.decoder.", "model.decoder.layers.{i}."
 
     def norm(name: str, prefix: str) -> dict[str, str]:
@@ -195,7 +195,7 @@ def names(config: OPTConfig) -> Names:
     block = norm("self_attn_layer_norm", layer) | norm("final_layer_norm", layer)
     for sub in SUB_BLOCKS:
         for path, _ in sub.linears:
-            # Hugging Face has no module for the MLP: fc1 and fc2 stand in the layer itself.
+            # Hugging Face has no module for the MLP: fc1 and fc2 belong to the layer.
             name = layer + path.removeprefix("mlp.")
             block[f"{path}.kernel"] = f"{name}.weight"
             if config.bias:
@@ -218,7 +218,7 @@ def names(config: OPTConfig) -> Names:
 
 
 def build(raw: dict, dtype) -> Model:
-    """An OPT `Model` that computes in `dtype`."""
+    """Build an OPT `Model` that computes in `dtype`."""
     config = read_config(raw)
     return Model(
         model_type="opt",

@@ -1,7 +1,7 @@
-"""Qwen's relatives of LLaMA.
+"""Qwen2 and Qwen3, variants of LLaMA.
 
-Qwen2 (arXiv 2407.10671): biases on the query, key and value projections alone.
-Qwen3 (arXiv 2505.09388): each head's queries and keys go through an RMSNorm; head_dim is independent of hidden_size.
+Qwen2 (arXiv 2407.10671) has biases on the query, key and value projections only.
+Qwen3 (arXiv 2505.09388) has an RMSNorm over each head's queries and keys; head_dim is independent of hidden_size.
 """
 
 from dataclasses import replace
@@ -16,11 +16,11 @@ DEFAULTS = {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
-"""What an absent entry of config.json means, where it differs from LLaMA. A null entry is not an absent one."""
+"""Defaults of absent config.json entries that differ from LLaMA's. An entry that is null is not absent."""
 
 
 def build_qwen2(raw: dict, dtype) -> Model:
-    """A Qwen2 (or Qwen2.5) `Model` that computes in `dtype`.
+    """Build a Qwen2 (or Qwen2.5) `Model` that computes in `dtype`.
 
     Raises:
         BarberError: an entry of config.json is missing, contradictory or not supported; the message names it.
@@ -34,7 +34,7 @@ def build_qwen2(raw: dict, dtype) -> Model:
 
 
 def build_qwen3(raw: dict, dtype) -> Model:
-    """A Qwen3 `Model` that computes in `dtype`.
+    """Build a Qwen3 `Model` that computes in `dtype`.
 
     Raises:
         BarberError: an entry of config.json is missing, contradictory or not supported; the message names it.
@@ -46,12 +46,12 @@ def build_qwen3(raw: dict, dtype) -> Model:
 
 
 def common_window(config: HFConfig, layers: int) -> int | None:
-    """The window that every block's attention has, None for no window.
+    """Attention window of all blocks, or None for full attention.
 
-    `layer_types` decides; where it is absent, blocks from number `max_window_layers` on slide.
+    `layer_types` decides; if it is absent, blocks from index `max_window_layers` on have sliding-window attention.
 
     Raises:
-        BarberError: blocks differ (all blocks must share one definition), or a kind or the window is not known.
+        BarberError: the blocks differ (they must share one definition), or a layer type or the window is invalid.
     """
     slides = config.flag("use_sliding_window", False) and config.raw["sliding_window"] is not None
     kinds = config.raw.get("layer_types")
@@ -59,7 +59,7 @@ def common_window(config: HFConfig, layers: int) -> int | None:
         first = config.size("max_window_layers", zero=True) if slides else layers
         kinds = ["full_attention"] * (first > 0) + ["sliding_attention"] * (first < layers)
     elif not isinstance(kinds, list) or len(kinds) != layers:
-        raise BarberError(f"config.json: layer_types must be a list of {layers} kinds, one a block")
+        raise BarberError(f"config.json: layer_types must be a list of {layers} kinds, one per block")
     if all(kind == "full_attention" for kind in kinds):
         return None
     if slides and all(kind == "sliding_attention" for kind in kinds):

@@ -1,7 +1,7 @@
-"""Rotary position embedding: which kind a configuration asks for, and how it is applied.
+"""Rotary position embedding: reads its parameters from a configuration and rotates queries and keys.
 
 Sources: RoFormer (arXiv 2104.09864) for the rotation; linear scaling (arXiv 2306.15595); llama3 scaling as released
-with Llama 3.1. Feature order is Hugging Face's: the two halves of a head rotate against each other.
+with Llama 3.1. Feature order is Hugging Face's: feature i of a head is rotated with feature i + head size / 2.
 """
 
 import math
@@ -17,7 +17,7 @@ from barber_jax.console.errors import BarberError
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary parameters. The last three are read for `llama3` only, `factor` also for `linear`."""
+    """Rotary parameters. `factor` is used by the kinds `linear` and `llama3`, the fields after it by `llama3` only."""
 
     theta: float = 10000.0
     kind: str = "default"
@@ -28,12 +28,12 @@ class Rope:
 
     @classmethod
     def from_hf(cls, config: dict) -> "Rope":
-        """Read the old spelling (rope_theta, rope_scaling) or the new one (rope_parameters).
+        """Read the entries of config.json, in the old layout (rope_theta, rope_scaling) or the new (rope_parameters).
 
         Raises:
-            BarberError: a rope type that is not default, linear or llama3, or a missing parameter.
+            BarberError: a rope type that is not default, linear or llama3, or a missing or invalid parameter.
         """
-        # Transformers 5 moved theta into rope_parameters; files of both kinds, and mixtures, are about.
+        # Transformers 5 moved theta into rope_parameters; files of both layouts, and mixtures, are in use.
         given = {"rope_theta": 10000.0}
         outer = {key: config.get(key) for key in ("rope_theta", "partial_rotary_factor")}
         for entries in (outer, config.get("rope_scaling") or {}, config.get("rope_parameters") or {}):
@@ -61,9 +61,9 @@ class Rope:
         raise BarberError(f"config.json: rope type {kind!r} is not supported (known: default, linear, llama3)")
 
     def inverse_frequencies(self, head_size: int) -> np.ndarray:
-        """float32 [head_size / 2] radians per position."""
-        # The power in float64, everything else in float32: the last bits of PyTorch's table. A position multiplies an
-        # error here by up to the sequence length, which is enough to flip weights that nearly tie.
+        """Rotation of each feature pair in radians per position, float32 [head_size / 2]."""
+        # The power is in float64 and everything else in float32, to match PyTorch's table to the last bit. The position
+        # multiplies an error here, up to the sequence length, which is enough to change masks where scores nearly tie.
         exponent = np.arange(0, head_size, 2, dtype=np.float32) / np.float32(head_size)
         frequency = np.float32(1) / (self.theta ** exponent.astype(np.float64)).astype(np.float32)
         if self.kind == "linear":
@@ -73,7 +73,7 @@ class Rope:
         return frequency
 
     def _llama3(self, frequency: np.ndarray) -> np.ndarray:
-        # Short wavelengths stay, long ones are stretched by `factor`, those between are interpolated.
+        # Short wavelengths are kept, long ones stretched by `factor`, and those in between interpolated.
         wavelength = 2 * math.pi / frequency
         low, high = self.low_frequency_factor, self.high_frequency_factor
         blend = (self.original_positions / wavelength - low) / (high - low)
@@ -82,7 +82,7 @@ class Rope:
         return np.where(wavelength < self.original_positions / high, frequency, out).astype(np.float32)
 
     def rotate(self, x: jax.Array, position: jax.Array | None = None) -> jax.Array:
-        """Rotate heads [S, L, H, E] by their positions: 0..L-1, or int32 [S] for the one token of each sequence."""
+        """Rotate heads [S, L, H, E] by position: 0..L-1, or int32 [S] for one token per sequence (L = 1)."""
         length, size = x.shape[1], x.shape[-1]
         if position is None:
             angle = np.arange(length, dtype=np.float32)[None, :, None] * self.inverse_frequencies(size)
@@ -96,7 +96,7 @@ class Rope:
 
 def _positive(given: dict, key: str) -> float:
     value = given[key]
-    # Compared before it becomes a float, which an integer may be too large for; NaN fails too.
+    # Compared before the conversion to float, which a huge integer would overflow; NaN fails the comparison.
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < sys.float_info.max:
         raise BarberError(f"config.json: rope parameter {key} must be a finite number above 0, not {value!r}")
     return float(value)

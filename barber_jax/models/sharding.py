@@ -1,9 +1,9 @@
-"""Sharding rules of a decoder block: over which mesh axis each array is spread.
+"""Sharding rules of a decoder block: the mesh axis over which each array is sharded.
 
-Two axes. Samples are spread over `data`, linears over `model`: the linears that read a sub-block's input by their
-outputs, those that read an intermediate activation by their inputs, so that a sub-block needs one all-reduce over
-`model`. Everything else is replicated. Jitted functions state with `constrain` how their results are sharded and need
-not know whether there is a mesh; without one, arrays lie on the default device and `constrain` does nothing.
+The mesh has two axes. Samples are sharded over `data`, linears over `model`: linears that read a sub-block's input by
+their outputs, linears that read an intermediate activation by their inputs, so that a sub-block needs one all-reduce
+over `model`. Everything else is replicated. Jitted functions declare the sharding of their results with `constrain`, so
+they work with and without a mesh; without one, arrays are on the default device and `constrain` does nothing.
 """
 
 from collections.abc import Sequence
@@ -19,19 +19,19 @@ DATA, MODEL = "data", "model"
 
 
 def constrain(value: jax.Array, *axes: str | None) -> jax.Array:
-    """Say, inside a jitted function, over which mesh axis each axis of an array is spread (None or left out: none)."""
+    """Constrain the sharding of an array in a jitted function: mesh axis of each array axis (None or omitted: none)."""
     if jax.sharding.get_abstract_mesh().empty:
         return value
     return lax.with_sharding_constraint(value, P(*axes))
 
 
-def groups() -> int:
-    """How many samples are computed side by side: the size of `data`."""
+def data_axis_size() -> int:
+    """Size of the mesh axis `data`, that is, how many samples are computed in parallel; 1 without a mesh."""
     return dict(jax.sharding.get_abstract_mesh().shape).get(DATA, 1)
 
 
 def kernel_axes(sub: SubBlock, path: str) -> tuple[str | None, str | None]:
-    """Mesh axes of a kernel [in, out] of a sub-block."""
+    """Mesh axes of a sub-block's kernel [in, out]."""
     return (None, MODEL) if sub.splits_outputs(path) else (MODEL, None)
 
 
@@ -41,7 +41,7 @@ def mask_axes(sub: SubBlock, path: str) -> tuple[str | None, str | None]:
 
 
 def parameter_axes(sub_blocks: Sequence[SubBlock]) -> dict[str, tuple[str | None, ...]]:
-    """Mesh axes of those parameters of a decoder block that are spread over some."""
+    """Mesh axes of the parameters of a decoder block that are sharded; all others are replicated."""
     axes: dict[str, tuple[str | None, ...]] = {}
     for sub in sub_blocks:
         for path in sub.kernels:

@@ -1,4 +1,4 @@
-"""Reports: what a run leaves behind for people and scripts, beside the model itself.
+"""Reports: run.json, report.html and the model card that a run writes beside the pruned model.
 
 May import: console, masks, models, data, convert, devices, forward, criteria, stages, run.
 
@@ -6,9 +6,9 @@ May import: console, masks, models, data, convert, devices, forward, criteria, s
 |---|---|
 | `run_record` | run.json |
 | `report_page` | report.html |
-| `model_card` | README.md of the result |
-| `summary` | first and last line of a run |
-| `figures`, `page` | plots and the HTML around them |
+| `model_card` | README.md of the pruned model |
+| `summary` | first and last line that a run prints |
+| `figures`, `page` | SVG plots and HTML elements |
 """
 
 from barber_jax.reports.run_record import load_record, run_record

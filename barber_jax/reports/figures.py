@@ -1,6 +1,6 @@
-"""Plots for HTML pages: matplotlib's SVG, put into the page itself, in colours that follow the reader's light or dark.
+"""Plots for HTML pages: matplotlib figures as inline SVG, whose colours follow the light or dark colour scheme.
 
-Figures are drawn in marker colours that occur nowhere else; in the SVG these become CSS variables.
+Figures are drawn in placeholder colours that occur nowhere else; in the SVG these are replaced by CSS variables.
 """
 
 import io
@@ -13,10 +13,12 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 INK, LINE, SERIES = "#010203", "#010205", ("#010211", "#010212", "#010213", "#010214", "#010215", "#010216")
-VARIABLES = {INK: "--ink", LINE: "--line"} | {colour: f"--s{place}" for place, colour in enumerate(SERIES)}
+"""Placeholder colours of text, of axes and grid lines, and of data series."""
+VARIABLES = {INK: "--ink", LINE: "--line"} | {colour: f"--s{index}" for index, colour in enumerate(SERIES)}
+"""Placeholder colour -> CSS variable."""
 STYLE = {
     "svg.fonttype": "none",
-    # Element ids are hashes; with this they are the same in every process.
+    # A fixed salt makes the hashes in element ids the same in every process.
     "svg.hashsalt": "barber_jax",
     "font.family": "sans-serif",
     "font.size": 9,
@@ -37,22 +39,25 @@ STYLE = {
     "lines.markersize": 3,
 }
 SIZE = (4.6, 3.0)
-"""Inches: legible where a phone shows one below the other."""
+"""Default width and height in inches, legible on a phone, which shows one figure per row."""
 MAP = "viridis"
+"""Colour map of heat maps."""
 
 
 class Plots:
-    """Makes the figures of one page; each gets element ids of its own."""
+    """Draws the figures of one page, with element ids that are unique on the page."""
 
     def __init__(self):
         self._count = 0
 
     def draw(self, draw, title: str, size: tuple[float, float] = SIZE, rows: int = 1, columns: int = 1) -> str:
-        """An HTML figure.
+        """Draw a figure and return it as an HTML <figure> element.
 
         Args:
-            draw: called with the axes (an array of them where there are several) and draws.
-            title: what a caption says below it.
+            draw: function that draws on the axes it is given; with several rows or columns, on an array of axes.
+            title: caption below the figure.
+            size: width and height in inches.
+            rows, columns: number of axes.
         """
         with matplotlib.rc_context(STYLE):
             figure = Figure(figsize=size, layout="constrained")
@@ -68,17 +73,19 @@ class Plots:
         return f"<figure{wide}>{self._inline(file.getvalue(), title)}<figcaption>{escape(title)}</figcaption></figure>"
 
     def _inline(self, svg: str, title: str) -> str:
+        """Prepare an SVG file's text for inclusion in the page."""
         svg = svg[svg.index("<svg") :]
-        # Ids are unique in a file only, and a page holds many figures. What is the same is defined more than once.
+        # Make ids unique on the page with a prefix per figure. matplotlib may define the same element more than once:
+        # only the first keeps its id.
         seen: set[str] = set()
 
-        def first(found: re.Match) -> str:
+        def unique_id(found: re.Match) -> str:
             return "" if found[1] in seen else seen.add(found[1]) or f' id="f{self._count}-{found[1]}"'
 
-        svg = re.sub(r'\sid="([^"]*)"', first, svg)
+        svg = re.sub(r'\sid="([^"]*)"', unique_id, svg)
         svg = re.sub(r'(href="|url\()#', rf"\g<1>#f{self._count}-", svg)
         svg = re.sub(r"<metadata>.*?</metadata>|<\?xml.*?\?>|<!DOCTYPE.*?>", "", svg, flags=re.DOTALL)
-        # Blank space at line ends and beginnings is most of such a file.
+        # Indentation makes up most of the file.
         svg = re.sub(r"\n\s*", "\n", svg)
         for colour, variable in VARIABLES.items():
             svg = svg.replace(colour, f"var({variable})")
@@ -86,17 +93,23 @@ class Plots:
 
 
 def escape(text: object) -> str:
-    """Text for HTML."""
+    """Escape text for HTML."""
     return str(text).translate({38: "&amp;", 60: "&lt;", 62: "&gt;", 34: "&quot;", 39: "&#39;"})
 
 
 def lines(series: Mapping[str, Sequence[float]], x: str, y: str, log: bool = False):
-    """Draws named lines over 0, 1, 2, ...; every second one dashed where names come in pairs `before` and `after`."""
+    """Return a function that draws lines over 0, 1, 2, ...
+
+    Args:
+        series: name -> values, in pairs: a dashed line (before), then a solid line (after) in the same colour.
+        x, y: axis labels.
+        log: use a logarithmic y axis if all values are positive.
+    """
 
     def draw(axes) -> None:
-        for place, (name, values) in enumerate(series.items()):
-            colour = SERIES[place // 2 % len(SERIES)]
-            axes.plot(values, "o-" if place % 2 else "o--", color=colour, label=name, alpha=1 if place % 2 else 0.55)
+        for index, (name, values) in enumerate(series.items()):
+            colour = SERIES[index // 2 % len(SERIES)]
+            axes.plot(values, "o-" if index % 2 else "o--", color=colour, label=name, alpha=1 if index % 2 else 0.55)
         if log and all(value > 0 for values in series.values() for value in values):
             axes.set_yscale("log")
         axes.set(xlabel=x, ylabel=y)
@@ -108,7 +121,7 @@ def lines(series: Mapping[str, Sequence[float]], x: str, y: str, log: bool = Fal
 
 
 def bars(values: Mapping[str, float], x: str):
-    """Draws horizontal bars, in the order given from the top."""
+    """Return a function that draws horizontal bars (name -> value), the first at the top; `x` labels the x axis."""
 
     def draw(axes) -> None:
         axes.barh(list(values), list(values.values()), color=SERIES[0])
@@ -120,13 +133,19 @@ def bars(values: Mapping[str, float], x: str):
 
 
 def stacked(parts: Mapping[str, Sequence[float]], names: Sequence[str], x: str):
-    """Draws a horizontal bar for each name, made of parts."""
+    """Return a function that draws stacked horizontal bars, one for each name.
+
+    Args:
+        parts: part -> its value in each bar.
+        names: names of the bars, from the top.
+        x: label of the x axis.
+    """
 
     def draw(axes) -> None:
         left = np.zeros(len(names))
-        for place, (part, values) in enumerate(parts.items()):
-            colour = SERIES[place % len(SERIES)]
-            axes.barh(names, values, left=left, color=colour, label=part, alpha=1 if place < len(SERIES) else 0.5)
+        for index, (part, values) in enumerate(parts.items()):
+            colour = SERIES[index % len(SERIES)]
+            axes.barh(names, values, left=left, color=colour, label=part, alpha=1 if index < len(SERIES) else 0.5)
             left += np.asarray(values)
         axes.invert_yaxis()
         axes.set_xlabel(x)
@@ -136,7 +155,14 @@ def stacked(parts: Mapping[str, Sequence[float]], names: Sequence[str], x: str):
 
 
 def heat(values: np.ndarray, rows: Sequence[str], columns: str, label: str):
-    """Draws a table of numbers [rows, columns] as colours, with the scale beside it."""
+    """Return a function that draws a heat map with a colour bar.
+
+    Args:
+        values: [rows, columns].
+        rows: labels of the rows.
+        columns: label of the x axis.
+        label: of the colour bar.
+    """
 
     def draw(axes) -> None:
         image = axes.imshow(values, aspect="auto", cmap=MAP, interpolation="nearest")

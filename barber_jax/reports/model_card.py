@@ -1,4 +1,4 @@
-"""README.md of a result: a model card in the Hub's form, with the source's own card kept below it."""
+"""Write README.md of the pruned model: a Hugging Face model card, followed by the dense model's own card."""
 
 import re
 import shlex
@@ -13,19 +13,19 @@ from barber_jax.convert.export import MASKS
 
 CARD = "README.md"
 INHERITED = ("license", "license_name", "license_link", "language")
-"""Entries of the source's front matter that hold for the pruned model as well."""
+"""Entries of the dense model's front matter that also apply to the pruned model."""
 FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*\r?\n", re.DOTALL | re.MULTILINE)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def write_model_card(folder: Path, name: str, record: Mapping[str, Any], command: Sequence[str]) -> None:
-    """Write README.md into the folder of a result. A README.md that lies there is the source's; its text is kept.
+    """Write README.md into the output folder. An existing README.md there is the dense model's; its text is kept.
 
     Args:
-        folder: of the result, unfinished.
+        folder: output folder, which does not have its final name yet.
         name: final name of the folder.
-        record: the content of run.json.
-        command: options of barber_jax.prune that give this result.
+        record: content of run.json.
+        command: options of barber_jax.prune that reproduce the result.
 
     Raises:
         BarberError: the file cannot be written.
@@ -37,43 +37,43 @@ def write_model_card(folder: Path, name: str, record: Mapping[str, Any], command
 
 
 def model_card(name: str, record: Mapping[str, Any], command: Sequence[str], source: str = "") -> str:
-    """The text of the card; `source` is the dense model's own card."""
+    """Compose the text of the card; arguments as for `write_model_card`, and the dense model's card as `source`."""
     entries, below = split_card(source)
     base = str(record["options"]["ckpt"])
-    is_id = HUB_ID.fullmatch(base) is not None and not Path(base).exists()
+    is_hub_id = HUB_ID.fullmatch(base) is not None and not Path(base).exists()
     front: dict[str, Any] = {key: entries[key] for key in INHERITED if key in entries}
-    front |= {"base_model": base} if is_id else {}
+    front |= {"base_model": base} if is_hub_id else {}
     front |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": _tags(record)}
-    shown = base if is_id else Path(base).name
+    shown = base if is_hub_id else Path(base).name
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# {name}",
         f"`{shown}` with {record['totals']['sparsity']:.1%} of the weights of its decoder blocks pruned "
         f"({record['options']['pattern']}) by [barber_jax](https://arxiv.org/abs/2408.10631) "
-        f"{record['versions']['barber_jax']}. {_recipe(record['options'])}",
-        _figures(record),
+        f"{record['versions']['barber_jax']}. {_method(record['options'])}",
+        _results_table(record),
         "```sh\npython -m barber_jax.prune " + shlex.join(command) + "\n```",
         "## Use\n\n"
         "```python\n"
         "from transformers import AutoModelForCausalLM\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{name}")  # pruned weights are zero\n'
         "```\n\n"
-        f"`{MASKS}` says which weights are kept, by `numpy.packbits` of a bool [out, in] array for each weight:\n\n"
+        f"`{MASKS}` holds the mask of each pruned weight, `numpy.packbits` of a bool [out, in] array, True = kept:\n\n"
         "```python\n"
         "from barber_jax.masks import read_masks\n\n"
         f'masks = read_masks("{name}/{MASKS}")\n'
         "kept = masks.read(masks.names()[0])  # bool [out, in]\n"
         "```\n\n"
-        "In PyTorch, `barber_jax.convert.torch_masks.apply_masks(model, masks)` keeps them through fine-tuning. "
-        "`run.json` and `report.html` tell the whole run.",
+        "In PyTorch, `barber_jax.convert.torch_masks.apply_masks(model, masks)` keeps pruned weights at zero during "
+        "fine-tuning. `run.json` and `report.html` describe the pruning run.",
     ]
     if below.strip():
-        parts.append(f"---\n\nThe card of `{shown}`, the dense model:\n\n{below.strip()}")
+        parts.append(f"---\n\nModel card of the dense model `{shown}`:\n\n{below.strip()}")
     return "\n\n".join(parts) + "\n"
 
 
 def split_card(text: str) -> tuple[dict[str, Any], str]:
-    """A card's front matter and its text; front matter that is no YAML mapping is left out of both."""
+    """Split a card into front matter and text. Front matter that is not a YAML mapping is dropped."""
     found = FRONT_MATTER.match(text)
     if not found:
         return {}, text
@@ -97,19 +97,21 @@ def _tags(record: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _recipe(options: Mapping[str, Any]) -> str:
+def _method(options: Mapping[str, Any]) -> str:
+    """A sentence on how the model was pruned."""
     start = options["method"] or (options["masks"] and "a given mask file") or "a given pruned checkpoint"
     steps = [f"Starting mask: {start}"]
     if options["rebuild"]:
         steps.append(f"rebuilt within {options['granularity']} with alpha {options['alpha']}")
     if options["refine"]:
-        steps.append(f"refined by up to {options['refine']} swaps an output")
+        steps.append(f"refined by up to {options['refine']} swaps per output")
     if options["reconstruct"]:
-        steps.append(f"surviving weights trained for {options['reconstruct']} steps a sub-block")
+        steps.append(f"kept weights trained for {options['reconstruct']} steps per sub-block")
     return ", ".join(steps) + f"; {options['samples']} calibration samples of {options['length']} tokens."
 
 
-def _figures(record: Mapping[str, Any]) -> str:
+def _results_table(record: Mapping[str, Any]) -> str:
+    """Markdown table of sparsity and perplexity."""
     rows = [("sparsity of the decoder blocks", "0", f"{record['totals']['sparsity']:.4f}")]
     if "perplexity" in record:
         dense = record.get("dense_perplexity", {}).get("perplexity")

@@ -1,4 +1,4 @@
-"""The HTML around reports: one file that needs nothing else, for light and dark, for desktop and phone."""
+"""HTML of report pages: a self-contained document for light and dark colour schemes, desktop and phone."""
 
 from collections.abc import Iterable, Sequence
 
@@ -33,18 +33,18 @@ dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
 
 
 def page(title: str, parts: Iterable[str]) -> str:
-    """A whole HTML document."""
+    """Compose an HTML document from the parts of its body."""
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width,initial-scale=1'>"
-        # Without one, browsers ask the server for an icon.
+        # An empty icon: without one, browsers request favicon.ico.
         "<link rel='icon' href='data:,'>"
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
     )
 
 
 def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    """A table; cells are text."""
+    """Compose a table; the cells' text is escaped."""
 
     def cells(kind: str, row: Sequence[object]) -> str:
         return "".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in row)
@@ -54,7 +54,7 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
 
 
 def numbers(values: Iterable[tuple[str, str]]) -> str:
-    """The few figures that matter, (value, what it is)."""
+    """Compose a row of key figures, given as (value, label)."""
     return (
         "<div class='numbers'>"
         + "".join(f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for value, name in values)
@@ -63,5 +63,5 @@ def numbers(values: Iterable[tuple[str, str]]) -> str:
 
 
 def pairs(values: Iterable[tuple[str, object]]) -> str:
-    """Names and values, one below the other."""
+    """Compose a list of names and values."""
     return "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in values) + "</dl>"

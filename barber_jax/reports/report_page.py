@@ -1,4 +1,4 @@
-"""report.html: a run for a person to look at. Made from run.json and masks.safetensors alone."""
+"""Write report.html: settings, results and plots of a run, from run.json and masks.safetensors alone."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,30 +15,33 @@ REPORT = "report.html"
 
 
 def write_report(folder: Path, name: str | None = None) -> Path:
-    """Make report.html in a folder that holds run.json and masks.safetensors.
+    """Write report.html into a folder that holds run.json and masks.safetensors.
 
     Args:
-        name: what to call the run; None: the folder's name.
+        name: title of the report. Default: the folder's name.
+
+    Returns:
+        Path of report.html.
 
     Raises:
-        BarberError: one of the two is missing, damaged or of another version, or nothing can be written.
+        BarberError: one of the two files is missing, damaged or of another version, or report.html cannot be written.
     """
     from barber_jax.reports.page import page
 
     record = load_record(folder)
     title = name or folder.resolve().name
-    content = page(f"{title} - barber_jax", _parts(title, record, spread(folder / MASKS)))
+    content = page(f"{title} - barber_jax", _sections(title, record, output_sparsity(folder / MASKS)))
     path = folder / REPORT
     with writing(path):
         path.write_text(content, encoding="utf-8")
     return path
 
 
-def spread(masks: Path) -> dict[str, np.ndarray]:
-    """How sparsity spreads over outputs.
+def output_sparsity(masks: Path) -> dict[str, np.ndarray]:
+    """Distribution of sparsity over the outputs of each matrix.
 
     Returns:
-        matrix name -> [least, 5 %, median, 95 %, most] of the fraction pruned in an output.
+        Matrix name -> [minimum, 5 %, median, 95 %, maximum] of the fraction pruned in an output.
 
     Raises:
         BarberError: the mask file is missing or damaged.
@@ -52,14 +55,15 @@ def _kind(name: str) -> str:
     return name.removesuffix(".weight").rpartition(".")[2]
 
 
-def _parts(title: str, record: dict, outputs: dict[str, np.ndarray]) -> Iterator[str]:
+def _sections(title: str, record: dict, outputs: dict[str, np.ndarray]) -> Iterator[str]:
+    """Yield the HTML elements of the report; `outputs` is from `output_sparsity`."""
     from barber_jax.reports.figures import escape
     from barber_jax.reports.page import numbers
 
     options, totals, device = record["options"], record["totals"], record["device"]
     yield f"<h1>{escape(title)}</h1>"
-    yield f"<p class='soft'>{escape(sentence(record))}</p>"
-    headline = [(f"{totals['sparsity']:.4f}", "sparsity"), (f"{totals['weights'] / 1e6:.1f} M", "weights looked at")]
+    yield f"<p class='soft'>{escape(description(record))}</p>"
+    headline = [(f"{totals['sparsity']:.4f}", "sparsity"), (f"{totals['weights'] / 1e6:.1f} M", "prunable weights")]
     if "swaps" in totals:
         change = totals["loss_after"] / totals["loss_before"] - 1 if totals["loss_before"] else 0.0
         share = totals["swaps"] / totals["weights"]
@@ -82,22 +86,23 @@ def _parts(title: str, record: dict, outputs: dict[str, np.ndarray]) -> Iterator
     yield _settings(record, options)
 
 
-def sentence(record: dict) -> str:
-    """What was done, in a sentence."""
+def description(record: dict) -> str:
+    """Describe the run in a sentence: model, starting masks, stages and samples."""
     options, model = record["options"], record["model"]
     source = options["method"] or (options["masks"] and f"masks of {options['masks']}") or options["sparse_ckpt"]
     words = [
-        f"{options['ckpt']} ({model['model_type']}, {model['blocks']} blocks of {model['hidden']}), start: {source}"
+        f"{options['ckpt']} ({model['model_type']}, {model['blocks']} blocks, hidden size {model['hidden']}), "
+        f"starting mask: {source}"
     ]
     if "allocation" in record:
         least, most = min(record["allocation"]), max(record["allocation"])
-        words.append(f"sparsity by OWL, {least:.1%} to {most:.1%} of a block")
+        words.append(f"sparsity of blocks by OWL, {least:.1%} to {most:.1%}")
     if options["rebuild"]:
         words.append(f"rebuilt by {options['granularity']} with alpha {options['alpha']}, metric {options['metric']}")
     else:
         words.append("not rebuilt")
     for option, what in (
-        ("refine", "refined by up to {} swaps an output"),
+        ("refine", "refined by up to {} swaps per output"),
         ("reconstruct", "reconstructed in {} steps"),
     ):
         if options.get(option):
@@ -107,7 +112,7 @@ def sentence(record: dict) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, whichever is short."""
+    """Format seconds as seconds, minutes or hours, depending on their size."""
     if seconds < 120:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.2f} h"
@@ -118,42 +123,45 @@ def _plots(record: dict, outputs: dict[str, np.ndarray]) -> Iterator[str]:
 
     plots, blocks = Plots(), record["blocks"]
     names = [sub["name"] for sub in blocks[0]["sub_blocks"]]
-    matrices = {
-        _kind(name): place for place, name in enumerate(n for s in blocks[0]["sub_blocks"] for n in s["matrices"])
-    }
+    kinds = [_kind(name) for sub in blocks[0]["sub_blocks"] for name in sub["matrices"]]
     of_block = [[m for sub in block["sub_blocks"] for m in sub["matrices"].items()] for block in blocks]
     if "swaps" in record["totals"]:
         losses = {
-            f"{name} {when}": [block["sub_blocks"][place][f"loss_{when}"] for block in blocks]
-            for place, name in enumerate(names)
+            f"{name} {when}": [block["sub_blocks"][index][f"loss_{when}"] for block in blocks]
+            for index, name in enumerate(names)
             for when in ("before", "after")
         }
-        title = "Reconstruction loss of each sub-block against its dense output, before and after the rebuild"
+        title = "Reconstruction loss of each sub-block, before and after its stages"
         yield plots.draw(lines(losses, "block", "mean squared error", log=True), title)
         swaps = np.array([[100 * m["regrown"] / m["size"] for _, m in row] for row in of_block]).T
-        yield plots.draw(heat(swaps, list(matrices), "block", "% of weights"), "Swaps in each matrix")
+        yield plots.draw(heat(swaps, kinds, "block", "% of weights"), "Swaps in each matrix")
     sparsity = np.array([[m["pruned"] / m["size"] for _, m in row] for row in of_block]).T
-    yield plots.draw(heat(sparsity, list(matrices), "block", "sparsity"), "Sparsity of each matrix")
-    yield plots.draw(_boxes(outputs, matrices), "Sparsity of single outputs: all, 90 % of them, and the median")
+    yield plots.draw(heat(sparsity, kinds, "block", "sparsity"), "Sparsity of each matrix")
+    yield plots.draw(_ranges(outputs, kinds), "Sparsity of single outputs: range, middle 90 % and median")
     yield plots.draw(bars(record["totals"]["seconds_per_stage"], "seconds"), "Time in each stage, all blocks")
     maps = [[m.get("outliers_pruned") for _, m in row] for row in of_block]
     if all(each for row in maps for each in row):
-        yield from _outliers(plots, maps, list(matrices))
+        yield from _outliers(plots, maps, kinds)
 
 
-def _boxes(outputs: dict[str, np.ndarray], matrices: dict[str, int]):
-    """Draws, for each kind of matrix, how the sparsity of its outputs is spread over all blocks."""
-    groups = {kind: np.array([q for name, q in outputs.items() if _kind(name) == kind]) for kind in matrices}
+def _ranges(outputs: dict[str, np.ndarray], kinds: list[str]):
+    """Return a function that draws, for each kind of matrix, the distribution of its outputs' sparsity in all blocks.
+
+    Args:
+        outputs: from `output_sparsity`.
+        kinds: `q_proj`, ...
+    """
+    groups = {kind: np.array([q for name, q in outputs.items() if _kind(name) == kind]) for kind in kinds}
 
     def draw(axes) -> None:
         from barber_jax.reports.figures import SERIES
 
-        for place, quantiles in enumerate(groups.values()):
+        for row, quantiles in enumerate(groups.values()):
             low, high = quantiles[:, 0].min(), quantiles[:, 4].max()
-            axes.plot([low, high], [place, place], color=SERIES[5], linewidth=1)
-            inner = quantiles.mean(axis=0)
-            axes.plot([inner[1], inner[3]], [place, place], color=SERIES[0], linewidth=6, solid_capstyle="butt")
-            axes.plot(inner[2], place, "o", color=SERIES[1], markersize=4)
+            axes.plot([low, high], [row, row], color=SERIES[5], linewidth=1)
+            mean = quantiles.mean(axis=0)
+            axes.plot([mean[1], mean[3]], [row, row], color=SERIES[0], linewidth=6, solid_capstyle="butt")
+            axes.plot(mean[2], row, "o", color=SERIES[1], markersize=4)
         axes.set_yticks(range(len(groups)), list(groups))
         axes.invert_yaxis()
         axes.set_xlabel("fraction pruned")
@@ -163,18 +171,23 @@ def _boxes(outputs: dict[str, np.ndarray], matrices: dict[str, int]):
 
 
 def _outliers(plots, maps: list[list[dict]], kinds: list[str]) -> Iterator[str]:
-    """Where the masks prune outliers of the metric: maps over outputs and inputs, and counts by block."""
+    """Plot the outliers of the rebuild's metric that the masks prune: counts by block, and maps over the matrices.
+
+    Args:
+        maps: for each block and matrix, `outliers_pruned` of run.json.
+        kinds: `q_proj`, ..., of the matrices.
+    """
     from barber_jax.reports.figures import MAP, lines
 
-    read = [[{when: parse_map(text) for when, text in each.items()} for each in row] for row in maps]
+    parsed = [[{when: parse_map(text) for when, text in each.items()} for each in row] for row in maps]
     counts = {
-        f"pruned {when} the rebuild": [sum(int(each[when].sum()) for each in row) for row in read]
+        f"pruned {when} the rebuild": [sum(int(each[when].sum()) for each in row) for row in parsed]
         for when in ("before", "after")
     }
-    title = "Outliers (the highest 1 % of each matrix's weight x gradient) that the mask prunes"
+    title = "Pruned outliers (an outlier is among the highest 1 % of its matrix's weight x gradient)"
     yield plots.draw(lines(counts, "block", "outliers pruned"), title)
     summed = {
-        when: [sum(row[place][when] for row in read) for place in range(len(kinds))] for when in ("before", "after")
+        when: [sum(row[column][when] for row in parsed) for column in range(len(kinds))] for when in ("before", "after")
     }
 
     def draw(axes) -> None:
@@ -194,7 +207,7 @@ def _outliers(plots, maps: list[list[dict]], kinds: list[str]) -> Iterator[str]:
                 if row == len(summed) - 1:
                     each.set_xlabel("inputs")
 
-    title = "Where pruned outliers lie, summed over blocks: outputs down, inputs across; one scale for each column"
+    title = "Positions of pruned outliers, summed over blocks: outputs down, inputs across, one scale for each column"
     yield plots.draw(draw, title, size=(9.6, 3.2), rows=2, columns=len(kinds))
 
 
@@ -213,14 +226,14 @@ def _tables(record: dict, outputs: dict[str, np.ndarray]) -> Iterator[str]:
                 row += [f"{sub['swaps']:,}", f"{before:.4g}", f"{after:.4g}", change]
             rows.append(row)
             for name, each in sub["matrices"].items():
-                least, _, median, _, most = outputs.get(name, np.full(5, np.nan))
+                lowest, _, median, _, highest = outputs.get(name, np.full(5, np.nan))
                 entry = [name, f"{each['size']:,}", f"{each['pruned'] / each['size']:.4f}"]
-                entry += [f"{least:.4f}", f"{median:.4f}", f"{most:.4f}"]
+                entry += [f"{lowest:.4f}", f"{median:.4f}", f"{highest:.4f}"]
                 matrices.append([*entry, *([f"{each['regrown']:,}"] if rebuilt else [])])
     yield "<h2>Blocks</h2>" + table(head, rows)
-    columns = ["matrix", "weights", "sparsity", "least output", "median output", "most output"]
+    columns = ["matrix", "weights", "sparsity", "lowest output", "median output", "highest output"]
     body = table([*columns, *(["swaps"] if rebuilt else [])], matrices)
-    yield f"<details><summary>Every matrix</summary>{body}</details>"
+    yield f"<details><summary>All matrices</summary>{body}</details>"
 
 
 def _settings(record: dict, options: dict) -> str:
@@ -230,5 +243,5 @@ def _settings(record: dict, options: dict) -> str:
     device = record["device"]
     shown += [("devices", f"{device['count']} x {device['kind']} ({device['platform']})")]
     if "started_from" in record:
-        shown.append(("starting masks from", record["started_from"]["folder"]))
+        shown.append(("source of the starting masks", record["started_from"]["folder"]))
     return pairs([*shown, *((f"{name} version", version) for name, version in record["versions"].items())])

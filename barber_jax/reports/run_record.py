@@ -1,4 +1,4 @@
-"""run.json: every option, figure and version of a run, written by one process and read by others."""
+"""Compose run.json, the record of a run: options, versions, devices and results; and read it back."""
 
 import importlib.metadata
 import json
@@ -25,14 +25,15 @@ RENAMED = {
 }
 """Key of version 1 -> key of version 2."""
 KEYS = {"options": dict, "versions": dict, "device": dict, "model": dict, "blocks": list, "totals": dict}
-"""Key -> type of what every run.json holds."""
+"""Required key of run.json -> type of its value."""
 ALLOCATION = ("allocate", "owl_lambda", "owl_m")
-"""Options of how sparsity is allocated to blocks, where a criterion gives the starting masks."""
+"""Names of the options for the allocation of sparsity to blocks."""
 LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "transformers", "datasets", "safetensors")
+"""Packages whose versions are recorded."""
 
 
 def environment(devices: list[jax.Device]) -> dict:
-    """Versions of Python and libraries, and the devices used."""
+    """Entries `versions` and `device` of run.json: versions of Python and libraries, and the devices used."""
     versions = {"barber_jax": __version__, "python": platform.python_version()}
     versions |= {name: importlib.metadata.version(name) for name in LIBRARIES}
     return {
@@ -42,8 +43,8 @@ def environment(devices: list[jax.Device]) -> dict:
 
 
 def peak_memory() -> dict[str, int]:
-    """Bytes: the most that this process held in host memory, and in device memory where the device says."""
-    # Linux counts kilobytes, macOS bytes.
+    """Peak host memory of this process and, where the device reports it, peak device memory, in bytes."""
+    # ru_maxrss is in kilobytes on Linux, in bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     peak = {"host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     stats = jax.local_devices()[0].memory_stats()
@@ -53,7 +54,7 @@ def peak_memory() -> dict[str, int]:
 
 
 def totals(blocks: list[dict]) -> dict:
-    """Sums over blocks: weights, pruned weights, sparsity, swaps, losses, and seconds per stage."""
+    """Entry `totals` of run.json: weights, pruned weights, swaps, losses and seconds per stage, summed over blocks."""
     subs = [sub for block in blocks for sub in block["sub_blocks"]]
     matrices = [matrix for sub in subs for matrix in sub["matrices"].values()]
     size, pruned = sum(m["size"] for m in matrices), sum(m["pruned"] for m in matrices)
@@ -69,26 +70,29 @@ def totals(blocks: list[dict]) -> dict:
 
 
 def provenance(options: dict) -> dict | None:
-    """The run that made the given starting masks, where it left a readable run.json beside them."""
-    given = Path(options["masks"]).parent if options["masks"] else options["sparse_ckpt"]
-    if given is None:
+    """Entry `started_from` of run.json: the run that produced the given starting masks.
+
+    None if no masks were given, or if there is no readable run.json beside them.
+    """
+    folder = Path(options["masks"]).parent if options["masks"] else options["sparse_ckpt"]
+    if folder is None:
         return None
     try:
-        record = load_record(Path(given).expanduser())
-        made, seconds = record["options"], record["totals"]["seconds"]
-        allocation = {name: made[name] for name in ALLOCATION if name in made}
-        rest = {"rebuild": made["rebuild"], "seconds": seconds}
-        return {"folder": str(given), "method": made["method"], **allocation, **rest}
+        record = load_record(Path(folder).expanduser())
+        source, seconds = record["options"], record["totals"]["seconds"]
+        allocation = {name: source[name] for name in ALLOCATION if name in source}
+        rest = {"rebuild": source["rebuild"], "seconds": seconds}
+        return {"folder": str(folder), "method": source["method"], **allocation, **rest}
     except (BarberError, KeyError):
-        # Read at the end of hours of work, which must not be lost for this.
+        # Not an error: this is read at the end of a long run, whose result must not be lost.
         return None
 
 
 def load_record(folder: Path) -> dict:
-    """run.json of a folder, in today's form whatever version wrote it.
+    """Read run.json of a folder and convert it to the current version.
 
     Raises:
-        BarberError: there is none, it is damaged, or of a newer version.
+        BarberError: the file is missing, damaged or of a newer version.
     """
     path = folder / RUN
     if not path.is_file():
@@ -101,7 +105,7 @@ def load_record(folder: Path) -> dict:
         raise BarberError(f"{path}: not a record of barber_jax.prune; give a folder that it wrote")
     if record.get("version") not in range(1, VERSION + 1):
         raise BarberError(
-            f"{path}: version {record.get('version')!r}, and this barber_jax reads up to {VERSION}; "
+            f"{path}: version {record.get('version')!r}, but this barber_jax reads versions up to {VERSION}; "
             "read it with the version that wrote it, or prune again"
         )
     missing = [key for key in KEYS if not isinstance(record.get(key), KEYS[key])]
@@ -111,7 +115,7 @@ def load_record(folder: Path) -> dict:
 
 
 def _renamed(part: Any) -> Any:
-    """A part of a record of version 1 with its keys renamed to version 2's; nothing else differs."""
+    """Rename the keys of (a part of) a record from version 1 to version 2; the versions differ in nothing else."""
     if isinstance(part, dict):
         return {RENAMED.get(key, key): _renamed(value) for key, value in part.items()}
     return [_renamed(each) for each in part] if isinstance(part, list) else part
@@ -128,14 +132,15 @@ def run_record(
     perplexity: dict | None = None,
     allocation: list[float] | None = None,
 ) -> dict:
-    """The content of run.json.
+    """Compose the content of run.json.
 
     Args:
-        options: of the run, by name; paths become text.
+        options: options of the run by name; paths are converted to text.
+        devices: devices used.
         blocks: entries of the pruned blocks.
         seconds: wall time of the run.
-        dense_perplexity, perplexity: of the dense model and of the result, where they were measured.
-        allocation: fraction to prune in each block, where it is not the same in all.
+        dense_perplexity, perplexity: of the dense and the pruned model, if measured.
+        allocation: fraction to prune in each block, if allocated by OWL.
     """
     options = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
     record = {

@@ -1,4 +1,4 @@
-"""The first and the last line of a pruning run."""
+"""Compose the first and the last line that a pruning run prints."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,19 +11,19 @@ from barber_jax.models.family import Model
 
 
 def headline(options: Mapping[str, Any], checkpoint: Checkpoint, model: Model, devices: Devices) -> str:
-    """The first line: devices, dtype, model size, samples."""
+    """Compose the first line: devices, compute dtype, model size, calibration samples."""
     device, count, available = devices.used[0], len(devices.used), jax.device_count()
     size = sum(checkpoint.size(name) for name in checkpoint.names()) / 1e6
     of = f" of {available}" if count < available else ""
     return (
         f"{count}{of} x {device.device_kind} ({device.platform}), {options['compute_dtype']}; "
-        f"{model.model_type} of {size:.1f} M parameters in {model.layers} blocks; "
+        f"{model.model_type} with {size:.1f} M parameters in {model.layers} blocks; "
         f"{options['samples']} samples of {options['length']} tokens"
     )
 
 
 def summary(record: Mapping[str, Any]) -> str:
-    """The last line, from run.json: sparsity, swaps, losses, perplexity, seconds."""
+    """Compose the last line from the content of run.json: sparsity, swaps, losses, perplexity, seconds."""
     totals = record["totals"]
     parts = [f"{record['options']['out']}: sparsity {totals['sparsity']:.4f}"]
     if "swaps" in totals:

@@ -1,14 +1,14 @@
-"""Run: the pruning loop, and what lets it survive a crash.
+"""Run: the pruning loop over decoder blocks, and resuming an interrupted run.
 
 May import: console, masks, models, data, convert, devices, forward, criteria, stages.
 
 | module | what it holds |
 |---|---|
-| `loop` | the one loop over decoder blocks |
-| `resume` | which run a command is; starting or resuming an unfinished run |
+| `loop` | the loop over decoder blocks |
+| `resume` | identity of a run; starting or resuming an unfinished run |
 | `run_state` | finished blocks of an unfinished run, on disk |
-| `history` | the same, for every process |
-| `block_file`, `fingerprint` | one block's file with its checksum; hashes of content |
+| `history` | access to the finished blocks from every process |
+| `block_file`, `fingerprint` | a block's file with its checksum; content hashes |
 """
 
 from barber_jax.run.history import History

@@ -1,7 +1,7 @@
-"""One block of an unfinished run as an item of an Orbax checkpoint: a safetensors file.
+"""Orbax handler that stores one block of an unfinished run as a safetensors file.
 
-Its metadata carry the block's record, and a checksum over that and the arrays. Orbax's own handlers of arrays and JSON
-take five times as long to write a block, and have no such checksum.
+The file's metadata hold the block's record and a checksum over the record and the arrays. Orbax's own array and JSON
+handlers take five times as long to write a block and have no such checksum.
 """
 
 import json
@@ -19,18 +19,18 @@ from barber_jax.convert.safetensors_writer import SafetensorsWriter
 from barber_jax.run.fingerprint import array_fingerprint
 
 NAME = "block.safetensors"
-DAMAGE = (SafetensorError, OSError, ValueError, KeyError, TypeError)
-"""What reading a damaged file, or an Orbax step without one, can raise."""
+READ_ERRORS = (SafetensorError, OSError, ValueError, KeyError, TypeError)
+"""Errors that reading a damaged file, or an Orbax step without one, can raise."""
 
 Block = tuple[dict[str, np.ndarray], dict]
-"""Arrays by name, and the record (JSON)."""
+"""Arrays by name, and the record (JSON-serialisable)."""
 
 
 class BlockHandler(ocp.CheckpointHandler):
-    """Reads and writes the file in the folder that Orbax gives it."""
+    """Reads and writes the block's file in the folder of an Orbax item."""
 
     def save(self, directory: os.PathLike, args: "BlockSave") -> None:
-        """Write `args.block`. Raises BarberError if the disk refuses."""
+        """Write `args.block`. Raises `BarberError` if the file cannot be written."""
         arrays, record = args.block
         content = json.dumps({"names": list(arrays), "record": record})
         metadata = {"content": content, "checksum": _checksum(arrays, content)}
@@ -40,20 +40,20 @@ class BlockHandler(ocp.CheckpointHandler):
                 file.write(name, array)
 
     def restore(self, directory: os.PathLike, args: "BlockRestore") -> Block:
-        """The block, in the order in which it was given. Raises one of `DAMAGE` if that is not what is there."""
+        """Read a block, its arrays in the order in which they were saved. Raises one of `READ_ERRORS` if damaged."""
         with safe_open(Path(directory) / NAME, "np") as file:
             metadata = file.metadata()
             content = json.loads(metadata["content"])
             arrays = {name: file.get_tensor(name) for name in content["names"]}
         if metadata["checksum"] != _checksum(arrays, metadata["content"]):
-            raise ValueError("its checksum does not fit")
+            raise ValueError("its checksum does not match")
         return arrays, content["record"]
 
 
 @ocp.args.register_with_handler(BlockHandler, for_save=True)
 @dataclass
 class BlockSave(ocp.args.CheckpointArgs):
-    """What Orbax is to save."""
+    """Argument for Orbax to save a block."""
 
     block: Block
 
@@ -61,10 +61,11 @@ class BlockSave(ocp.args.CheckpointArgs):
 @ocp.args.register_with_handler(BlockHandler, for_restore=True)
 @dataclass
 class BlockRestore(ocp.args.CheckpointArgs):
-    """Asks Orbax for a `Block`."""
+    """Argument for Orbax to restore a block."""
 
 
 def _checksum(arrays: Mapping[str, np.ndarray], content: str) -> str:
+    """Hash of the arrays and of the JSON text of their names and the record."""
     digest = xxhash.xxh3_128(content.encode())
     for array in arrays.values():
         digest.update(array_fingerprint(array).encode())

@@ -1,4 +1,4 @@
-"""Short names for content: the same for the same bytes, and not for others."""
+"""Content hashes of files and arrays."""
 
 from pathlib import Path
 
@@ -6,10 +6,11 @@ import numpy as np
 import xxhash
 
 PIECE = 1 << 24
+"""Bytes read at a time."""
 
 
 def fingerprint(path: Path) -> str:
-    """Hash of a file, read piece by piece."""
+    """Hash of a file's content, which is read piece by piece."""
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while piece := file.read(PIECE):
@@ -18,7 +19,7 @@ def fingerprint(path: Path) -> str:
 
 
 def array_fingerprint(array: np.ndarray) -> str:
-    """Hash of an array: dtype, shape and content."""
+    """Hash of an array's dtype, shape and content."""
     digest = xxhash.xxh3_128(f"{array.dtype} {array.shape}".encode())
     digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

@@ -1,23 +1,24 @@
-"""Finished blocks of a run, in the form in which a resumed run needs them."""
+"""Finished blocks of a run: what a resumed run needs of each, and access to them from every process."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from barber_jax.devices.mesh import share
+from barber_jax.devices.mesh import broadcast_from_primary
 from barber_jax.masks.mask_file import pack, unpack
 from barber_jax.run.run_state import RunState
 
 
 @dataclass
 class Commit:
-    """One finished block. Keys are kernel paths.
+    """One finished block.
 
     Attributes:
-        masks: bool [out, in], True = kept.
-        weights: [in, out], where they are not the checkpoint's.
-        start_masks, start_weights: the same of the start, where stream A went through them; else empty.
+        masks: kernel path -> bool [out, in], True = kept.
+        weights: parameter path -> weights where they differ from the dense ones; kernels [in, out].
+        start_masks, start_weights: starting masks and weights in the same form. Empty where a resumed run does not
+            need them.
         record: the block's entry in run.json.
     """
 
@@ -28,7 +29,7 @@ class Commit:
     record: dict
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All arrays by unique names, masks packed."""
+        """All arrays under unique names, with packed masks."""
         named = {"mask": self.masks, "start_mask": self.start_masks}
         named = {kind: {path: pack(mask) for path, mask in masks.items()} for kind, masks in named.items()}
         named |= {"weight": self.weights, "start_weight": self.start_weights}
@@ -36,7 +37,11 @@ class Commit:
 
     @classmethod
     def of(cls, arrays: Mapping[str, np.ndarray], record: dict, shapes: Mapping[str, tuple[int, ...]]) -> "Commit":
-        """The inverse of `arrays`; `shapes` are the kernels' [in, out]."""
+        """Inverse of `arrays`.
+
+        Args:
+            shapes: kernel path -> [in, out].
+        """
         parts: dict[str, dict[str, np.ndarray]] = {"mask": {}, "weight": {}, "start_mask": {}, "start_weight": {}}
         for name, array in arrays.items():
             kind, _, path = name.partition("/")
@@ -46,25 +51,30 @@ class Commit:
 
 @dataclass
 class History:
-    """Finished blocks, for every process: the primary one keeps them, the others are told.
+    """Finished blocks of a run, which the primary process stores and broadcasts to the others.
 
     Attributes:
-        state: where they are kept; None on other processes, and where nothing is to be kept.
-        finished: how many there are, from the first on.
+        state: the stored blocks; None on other processes, and where blocks are not stored.
+        finished: number of blocks that were finished at the start: blocks 0 to finished - 1.
     """
 
     state: RunState | None = None
     finished: int = field(init=False)
 
     def __post_init__(self):
-        self.finished = share(lambda: self.state.finished if self.state else 0)
+        self.finished = broadcast_from_primary(lambda: self.state.finished if self.state else 0)
 
     def load(self, index: int, shapes: Mapping[str, tuple[int, ...]]) -> Commit:
-        """A finished block; `shapes` are the kernels' [in, out]."""
-        arrays, record = share(lambda: self.state.load(index))
+        """Load a finished block on every process.
+
+        Args:
+            index: of the block.
+            shapes: kernel path -> [in, out].
+        """
+        arrays, record = broadcast_from_primary(lambda: self.state.load(index))
         return Commit.of(arrays, record, shapes)
 
     def commit(self, index: int, commit: Commit) -> None:
-        """Keep a block."""
+        """Store a block, on the primary process."""
         if self.state:
             self.state.commit(index, commit.arrays(), commit.record)

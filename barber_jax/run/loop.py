@@ -1,8 +1,9 @@
 """The pruning loop: for each decoder block, read -> starting mask -> stages -> commit -> propagate -> drop.
 
-Two activation streams go through the model in one pass. Stream A is that of the model under its starting masks alone,
-and gives each block its starting mask; stream B is that of the model as rebuilt so far, and is what a block is rebuilt
-on. The result is that of pruning the whole model first and rebuilding it afterwards, with each block read once.
+Two activation streams pass through the model together. Stream A holds the activations of the model under its starting
+masks alone and is used to compute the starting mask of each block. Stream B holds the activations of the model as
+rebuilt so far and is used to rebuild each block. The result is the same as pruning the whole model first and rebuilding
+it afterwards, but each block is read only once.
 """
 
 import math
@@ -36,9 +37,9 @@ class BlockResult:
 
     Attributes:
         masks: Hugging Face weight name -> bool [out, in], True = kept.
-        weights: Hugging Face name -> tensor in its dtype: for every pruned weight ([out, in]) the dense one, a
-            criterion's update or the trained one, and every other parameter that was trained.
-        start_masks: Hugging Face weight name -> bool [out, in], the starting mask.
+        weights: Hugging Face name -> tensor in the checkpoint's dtype, before the mask is applied: every prunable
+            weight [out, in] (dense, updated by the criterion or trained), and every other parameter that was changed.
+        start_masks: Hugging Face weight name -> bool [out, in], starting mask.
         record: the block's entry in run.json.
     """
 
@@ -50,23 +51,23 @@ class BlockResult:
 
 @dataclass
 class Pruning:
-    """Prunes a checkpoint's blocks in order, one in memory at a time; iterate over it once for their results.
+    """Prunes the blocks of a checkpoint in order, one in memory at a time. Iterate over it once to get the results.
 
     Args:
-        checkpoint, model: what to prune; tensors already checked.
-        ids: int32 [S, L] calibration tokens; None where neither `start` nor a stage looks at any.
-        start: gives the starting masks.
+        checkpoint, model: the model to prune; its tensors are already checked.
+        ids: int32 [S, L] calibration tokens; None if neither `start` nor a stage uses activations.
+        start: source of the starting masks.
         options: of the stages.
         batch: samples in a micro-batch.
-        phase: told of every stage of every block.
-        devices: what to compute on.
-        history: blocks finished by an earlier process, through which the streams are only propagated, and where new
-            blocks are committed.
-        offload: keep activations in host memory, but for a micro-batch.
-        keep_start: whether the starting masks are wanted in the results.
+        phase: shows the current stage of each block.
+        devices: devices to compute on.
+        history: blocks finished by an earlier process, through which the streams are only propagated. New blocks are
+            committed to it.
+        offload: keep activations in host memory, with one micro-batch at a time on the device.
+        keep_start: whether `BlockResult.start_masks` is needed; otherwise it may hold the final masks.
 
     Raises:
-        BarberError: a tensor is damaged.
+        BarberError: when iterated over, if a tensor is damaged or the activations overflow.
     """
 
     checkpoint: Checkpoint
@@ -93,14 +94,14 @@ class Pruning:
     def __iter__(self) -> Iterator[BlockResult]:
         streams = self._streams()
         with ThreadPoolExecutor(1) as reader:
-            ahead = reader.submit(self._read, 0)
+            next_block = reader.submit(self._read, 0)
             for index in range(self.model.layers):
                 watch = Stopwatch(self.phase, index)
                 with watch.stage("read"):
-                    tensors = ahead.result()
+                    tensors = next_block.result()
                     if index + 1 < self.model.layers:
-                        ahead = reader.submit(self._read, index + 1)
-                    dense = self.devices.block(self.model.sub_blocks, tensors)
+                        next_block = reader.submit(self._read, index + 1)
+                    dense = self.devices.put_block(self.model.sub_blocks, tensors)
                 if index < self.history.finished:
                     commit = self.history.load(index, self._shapes)
                     self._replay(index, dense, commit, streams, watch)
@@ -109,16 +110,16 @@ class Pruning:
                 yield self._result(index, tensors, commit)
 
     def _streams(self) -> Streams:
-        """The streams that the run needs, at the embeddings' output."""
+        """Embed the calibration tokens into the streams that the run needs."""
         if not (self.start.needs_stream or self._runs_stages):
             return Streams()
         read = read_parameters(self.checkpoint, self.model.names.embed)
         parameters = {path: self.devices.put(value) for path, value in read.items()}
         ids = passes.micro_batches(self.ids, self.batch, self.devices.shape[0], self._held_out)
         held_out = self._held_out // ids.shape[1]
-        # Offloaded micro-batches are embedded one by one: all at once would have to fit on the device.
-        places = range(1, len(ids)) if self.offload else [len(ids) - held_out] if held_out else []
-        chunks = np.split(ids, places)
+        # With offloading, embed one micro-batch at a time: all of them might not fit on the device.
+        boundaries = range(1, len(ids)) if self.offload else [len(ids) - held_out] if held_out else []
+        chunks = np.split(ids, boundaries)
 
         def stream() -> Stream:
             embedded = (
@@ -137,7 +138,7 @@ class Pruning:
         return read_parameters(self.checkpoint, self.model.names.of_block(index))
 
     def _prune(self, index: int, dense: Parameters, streams: Streams, watch: Stopwatch) -> Commit:
-        """Prune a block and commit it; takes the streams through it."""
+        """Prune a block, propagate the streams through it and commit it."""
         with watch.stage("start"):
             start_masks, start_weights = jax.block_until_ready(self.start(index, dense, streams.start))
         self._propagate(index, {**dense, **start_weights}, start_masks, streams, watch)
@@ -145,34 +146,37 @@ class Pruning:
         if streams.rebuilt is not None:
             masks, weights = {}, {}
             for sub in self.model.sub_blocks:
-                own = {path: start_masks[path] for path in sub.kernels}
-                start = {path: start_weights[path] for path in self._block.paths(sub) if path in start_weights}
-                work = self._stages(sub, dense, start, own, streams, watch)
+                sub_masks = {path: start_masks[path] for path in sub.kernels}
+                sub_weights = {path: start_weights[path] for path in self._block.paths(sub) if path in start_weights}
+                work = self._stages(sub, dense, sub_weights, sub_masks, streams, watch)
                 masks |= work.masks
                 weights |= work.updated
                 if not math.isfinite(loss := work.record["loss_after"]):
-                    where = f"block {index}, {sub.name}: the loss is {loss}"
-                    raise BarberError(f"{where}; the activations overflow, check the checkpoint's weights up to there")
+                    raise BarberError(
+                        f"block {index}, {sub.name}: the loss is {loss}; "
+                        "the activations overflow, check the checkpoint's weights up to this block"
+                    )
                 records.append(work.record)
         with watch.stage("commit"):
-            wanted = self._runs_stages and (self.start.needs_stream or self.keep_start)
-            seen = (start_masks, start_weights) if wanted else ({}, {})
-            commit = Commit(*self.devices.fetch((masks, weights, *seen)), record={})
+            # Without stages the starting masks are the masks.
+            keep_start = self._runs_stages and (self.start.needs_stream or self.keep_start)
+            starting = (start_masks, start_weights) if keep_start else ({}, {})
+            commit = Commit(*self.devices.fetch((masks, weights, *starting)), record={})
             commit.record = self._record(index, commit.masks, records, watch)
             self.history.commit(index, commit)
-        # The record on disk cannot contain how long committing it took.
+        # The committed record cannot include how long committing it took; the returned one does.
         commit.record["seconds"] = dict(watch.seconds)
         return commit
 
     def _replay(self, index: int, dense: Parameters, commit: Commit, streams: Streams, watch: Stopwatch) -> None:
-        """Take the streams through a block that an earlier process finished."""
+        """Propagate the streams through a block that an earlier process finished."""
         sub_blocks = self.model.sub_blocks
-        masks = self.devices.masks(sub_blocks, commit.masks)
-        weights = {**dense, **self.devices.block(sub_blocks, commit.weights)}
+        masks = self.devices.put_masks(sub_blocks, commit.masks)
+        weights = {**dense, **self.devices.put_block(sub_blocks, commit.weights)}
         start_masks, start_weights = masks, weights
         if commit.start_masks:
-            start_masks = self.devices.masks(sub_blocks, commit.start_masks)
-            start_weights = {**dense, **self.devices.block(sub_blocks, commit.start_weights)}
+            start_masks = self.devices.put_masks(sub_blocks, commit.start_masks)
+            start_weights = {**dense, **self.devices.put_block(sub_blocks, commit.start_weights)}
         self._propagate(index, start_weights, start_masks, streams, watch)
         if streams.rebuilt is None:
             return
@@ -186,23 +190,27 @@ class Pruning:
     def _propagate(
         self, index: int, weights: Parameters, masks: BlockMasks, streams: Streams, watch: Stopwatch
     ) -> None:
-        """Take stream A through the block."""
+        """Propagate stream A through a block with its starting weights and masks."""
         if streams.start is None:
             return
         if index + 1 == self.model.layers:
-            # Nothing reads it after the last block.
+            # The stream is not needed after the last block.
             streams.start = None
             return
         with watch.stage("propagate"):
             chunks = (passes.propagate(self._block, weights, masks, chunk) for chunk in streams.start.take())
             streams.start = Stream(chunks, self.offload).ready()
 
-    def _record(self, index: int, masks: dict[str, np.ndarray], rebuilt: list[dict], watch: Stopwatch) -> dict:
-        """The block's entry in run.json."""
+    def _record(self, index: int, masks: dict[str, np.ndarray], sub_records: list[dict], watch: Stopwatch) -> dict:
+        """The block's entry in run.json.
+
+        Args:
+            sub_records: records of the sub-blocks' stages; empty if there were none.
+        """
         names = self._names[index]
         subs = []
-        for place, sub in enumerate(self.model.sub_blocks):
-            entry = dict(rebuilt[place]) if rebuilt else {}
+        for position, sub in enumerate(self.model.sub_blocks):
+            entry = dict(sub_records[position]) if sub_records else {}
             swaps, outliers = entry.pop("swaps", None), entry.pop("outliers", None)
             matrices = {
                 names[path]: {"size": masks[path].size, "pruned": int(masks[path].size - np.count_nonzero(masks[path]))}
@@ -218,10 +226,11 @@ class Pruning:
         return {"block": index, "sub_blocks": subs, "seconds": dict(watch.seconds)}
 
     def _result(self, index: int, tensors: dict[str, np.ndarray], commit: Commit) -> BlockResult:
-        names, table = self._names[index], self.model.names.of_block(index)
+        """Convert a committed block to Hugging Face names and layouts; `tensors` are the dense block's parameters."""
+        kernels, names = self._names[index], self.model.names.of_block(index)
         return BlockResult(
-            {names[path]: mask for path, mask in commit.masks.items()},
-            {table[path]: to_hf(path, commit.weights.get(path, tensors[path])) for path in names | commit.weights},
-            {names[path]: mask for path, mask in (commit.start_masks or commit.masks).items()},
+            {kernels[path]: mask for path, mask in commit.masks.items()},
+            {names[path]: to_hf(path, commit.weights.get(path, tensors[path])) for path in kernels | commit.weights},
+            {kernels[path]: mask for path, mask in (commit.start_masks or commit.masks).items()},
             commit.record,
         )

@@ -1,4 +1,4 @@
-"""Where a crash is survived: which run a command is, and the unfinished run that it starts or resumes."""
+"""Start or resume an unfinished run, which is identified by its options and by hashes of its inputs."""
 
 import contextlib
 import os
@@ -19,25 +19,26 @@ NOT_COMPARED = (
     *("offload_activations", "compilation_cache", "coordinator", "processes", "process"),
     *("overwrite", "resume", "verbose", "eval_text", "eval_dataset", "eval_windows"),
 )
-"""Options that change no result, or only through what is read, whose content is compared instead."""
+"""Options that do not change the result, and options that name inputs, whose content is compared instead."""
 STATE_VERSION = 2
-"""Of the records that an unfinished run keeps."""
+"""Version of the records in a run state."""
 
 
 def run_identity(
     options: Mapping[str, Any], checkpoint: Checkpoint, sparse: Checkpoint | None, ids: np.ndarray | None
 ) -> dict[str, Any]:
-    """What must be the same for a run to be resumed: the options that change its result, and hashes of what it reads.
+    """Values that must be the same for a run to be resumed: options that change its result, and hashes of its inputs.
 
     Args:
-        options: all of them by name, defaults filled in.
-        checkpoint, sparse: the dense and, where given, the pruned checkpoint.
+        options: all options by name, with defaults filled in.
+        checkpoint: the dense checkpoint.
+        sparse: the pruned checkpoint, if given.
         ids: int32 [S, L] calibration tokens, if any.
     """
     identity = {flag(name): value for name, value in options.items() if name not in NOT_COMPARED}
     identity["version of the run state"] = STATE_VERSION
     if options["reconstruct"]:
-        # The order of training samples depends on the seed too.
+        # The seed also determines the order of training samples, not only the calibration samples.
         identity["--seed"] = options["seed"]
     for option, given in (("--ckpt", checkpoint), ("--sparse-ckpt", sparse)):
         if given:
@@ -55,27 +56,30 @@ def run_identity(
 def open_state(
     folder: Path, identity: dict[str, Any], layers: int, say: Callable[[str], None], *, resume: bool, overwrite: bool
 ) -> Iterator[RunState]:
-    """Open the run state under `folder`, new or resumed. On an error it is kept if it holds finished blocks, and a line
-    says how to resume; otherwise it is deleted.
+    """Context manager that opens the run state in `folder`, new or resumed.
+
+    On an error the run state is kept if it holds finished blocks, and a printed line says how to resume. Otherwise, or
+    if an input is damaged, it is deleted.
 
     Args:
         identity: from `run_identity`.
-        layers: blocks of the whole run.
+        layers: number of blocks of the model.
         say: prints a line.
-        resume: resume the run that is there.
-        overwrite: whether an unfinished run there may be replaced.
+        resume: resume the unfinished run in `folder`.
+        overwrite: allow replacing an unfinished run in `folder`.
 
     Raises:
-        BarberError: there is nothing to resume, or something that must not be lost.
+        BarberError: there is no run to resume or it has another identity; or `folder` holds an unfinished run and
+            neither `resume` nor `overwrite` is set.
     """
     if resume:
         state = RunState.resume(folder, identity)
         if state.damaged is not None:
-            say(f"{folder}: block {state.damaged} is damaged; it and what came after it is computed again")
+            say(f"{folder}: block {state.damaged} is damaged; it and all later blocks are computed again")
         say(f"resuming after {state.finished} of {layers} blocks")
     else:
         if not overwrite and RunState.holds_blocks(folder):
-            raise BarberError(f"{folder} holds an unfinished run; --resume continues it, --overwrite starts anew")
+            raise BarberError(f"{folder} holds an unfinished run; --resume continues it, --overwrite starts over")
         state = RunState.create(folder, identity)
     with state:
         try:

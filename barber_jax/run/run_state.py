@@ -1,7 +1,7 @@
-"""What an unfinished run has done, kept on disk so that a later run can go on from there.
+"""Finished blocks of an unfinished run, stored on disk so that the run can be resumed.
 
-FOLDER/identity.json says which run it is. FOLDER/0, FOLDER/1, ... are steps of an Orbax `CheckpointManager`: step N
-holds block N and nothing else, in one safetensors file whose metadata carry the block's record and a checksum.
+FOLDER/identity.json identifies the run. FOLDER/0, FOLDER/1, ... are steps of an Orbax `CheckpointManager`: step N holds
+block N only, in one safetensors file whose metadata hold the block's record and a checksum.
 """
 
 import contextlib
@@ -16,59 +16,59 @@ import orbax.checkpoint as ocp
 
 from barber_jax.console.errors import BarberError
 from barber_jax.console.files import writing
-from barber_jax.run.block_file import DAMAGE, Block, BlockRestore, BlockSave
+from barber_jax.run.block_file import READ_ERRORS, Block, BlockRestore, BlockSave
 
 IDENTITY = "identity.json"
 ITEM = "block"
-"""What Orbax calls that which a step holds."""
-HASH = "content of "
-"""What the names of identity entries begin with that are hashes."""
-NAMED = 8
-"""Differing identity entries that an error names, at most."""
+"""Name of the Orbax item in each step."""
+HASH_PREFIX = "content of "
+"""Prefix of the names of identity entries that are hashes."""
+MAX_NAMED = 8
+"""Maximum number of differing identity entries that an error message names."""
 
 
 class RunState:
-    """The finished blocks of a run; a context manager that closes it and leaves it on disk.
+    """The finished blocks of a run on disk. As a context manager it closes the run state but does not delete it.
 
     Args:
-        folder: where it is, with identity.json in it already.
+        folder: folder of the run state, which already holds identity.json.
 
     Attributes:
-        folder: the same.
-        finished: blocks 0 to finished - 1 are there, and whole.
-        damaged: the first block that `resume` found damaged or missing before others, and dropped; else None.
+        folder: folder of the run state.
+        finished: number of finished blocks: blocks 0 to finished - 1 are stored and undamaged.
+        damaged: first block that `resume` found damaged, or missing although later ones exist; else None.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.finished = 0
         self.damaged: int | None = None
-        # Process 0 is alone in here, while the others compute: by default Orbax would wait for them at barriers.
-        alone = ocp.options.MultiprocessingOptions(0, active_processes={0}, barrier_sync_key_prefix="run_state")
+        # Only process 0 uses the run state: by default Orbax would wait for the other processes at barriers.
+        only_primary = ocp.options.MultiprocessingOptions(0, active_processes={0}, barrier_sync_key_prefix="run_state")
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None,
             create=False,
             save_root_metadata=False,
-            # Orbax's own metadata of a step are not needed; of damaged ones it would complain on stderr.
+            # Do not read Orbax's own metadata of the steps: it would print warnings about damaged ones to stderr.
             lightweight_initialize=True,
-            # In the background an error would come out at the next block, and with a traceback on stderr.
+            # Asynchronously, an error would be raised only at the next block, with a traceback on stderr.
             enable_async_checkpointing=False,
-            multiprocessing_options=alone,
+            multiprocessing_options=only_primary,
         )
-        self._sweep()
+        self._delete_leftovers()
         self._manager = ocp.CheckpointManager(folder, options=options)
 
     @classmethod
     def create(cls, folder: Path, identity: dict[str, Any]) -> "RunState":
-        """Start anew, in place of whatever run there was.
+        """Create an empty run state, replacing one that exists in the folder.
 
         Args:
-            folder: where; made with its parents if need be.
-            identity: what must be the same to go on: name -> string, number, bool or None. Names of hashes begin with
-                "content of ".
+            folder: created with its parents if it does not exist.
+            identity: values that must be the same for the run to be resumed: name -> string, number, bool or None. The
+                names of hashes begin with "content of ".
 
         Raises:
-            BarberError: something else is there, or the disk refuses.
+            BarberError: the folder holds something other than a run state, or cannot be written.
         """
         with writing(folder):
             _delete(folder)
@@ -82,17 +82,18 @@ class RunState:
                 os.replace(partial, folder / IDENTITY)
                 return cls(folder)
             except BaseException:
-                # Ctrl-C too: nobody has it yet who could remove it.
+                # Also on Ctrl-C: the caller has no object yet on which to call `remove`.
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
 
     @classmethod
     def resume(cls, folder: Path, identity: dict[str, Any]) -> "RunState":
-        """Go on with the run that is there. Every block is read, one at a time; from the first that is damaged or
-        missing on, they are deleted.
+        """Open an existing run state.
+
+        Reads every block, one at a time, and deletes the blocks from the first damaged or missing one on.
 
         Raises:
-            BarberError: no run is there, or one of another identity.
+            BarberError: the folder holds no run state, or one with another identity.
         """
         _check_identity(folder, identity)
         with writing(folder):
@@ -108,53 +109,53 @@ class RunState:
 
     @staticmethod
     def holds_blocks(folder: Path) -> bool:
-        """Whether a run has left finished blocks there."""
+        """Whether the folder holds a run state with finished blocks."""
         return (folder / IDENTITY).is_file() and any(_is_step(path) for path in folder.iterdir())
 
     def commit(self, index: int, arrays: dict[str, np.ndarray], record: dict) -> None:
-        """Keep a block; when this returns, it survives the death of the process.
+        """Store a finished block. When this returns, the block survives a crash of the process.
 
-        Not synced to the disk: should the power fail, the checksum tells what has arrived there.
+        The files are not synced to disk. After a power failure the checksum shows whether a block was written.
 
         Args:
-            index: of the block; must be `finished`.
-            arrays: of any dtype that safetensors has.
-            record: JSON.
+            index: of the block; must be equal to `finished`.
+            arrays: name -> array of a dtype that safetensors supports.
+            record: JSON-serialisable.
 
         Raises:
-            BarberError: the disk refuses.
+            BarberError: the block cannot be written.
         """
         if index != self.finished:
-            raise ValueError(f"block {index} is committed where {self.finished} is next")
+            raise ValueError(f"block {index} is committed, but {self.finished} is next")
         try:
             with writing(self.folder / str(index)):
                 self._manager.save(index, args=ocp.args.Composite(**{ITEM: BlockSave((arrays, record))}), force=True)
         except BaseException:
             with contextlib.suppress(OSError):
-                self._sweep()
+                self._delete_leftovers()
             raise
         self.finished += 1
 
     def load(self, index: int) -> Block:
-        """Arrays and record of a finished block, in the order in which they were given.
+        """Load the arrays of a finished block, in the order in which they were committed, and its record.
 
         Raises:
-            BarberError: it has become damaged since `resume`.
+            BarberError: the block was damaged after `resume`.
         """
         if not 0 <= index < self.finished:
             raise ValueError(f"block {index} is not among the {self.finished} finished ones")
         try:
             return self._read(index)
-        except DAMAGE as error:
-            place = self.folder / str(index)
-            raise BarberError(f"{place}: damaged ({_gist(error)}); --resume computes it again") from error
+        except READ_ERRORS as error:
+            path = self.folder / str(index)
+            raise BarberError(f"{path}: damaged ({_first_line(error)}); --resume computes it again") from error
 
     def close(self) -> None:
-        """Let go of it; what is on disk stays. Closing twice is harmless."""
+        """Close the run state without deleting it. May be called more than once."""
         self._manager.close()
 
     def remove(self) -> None:
-        """Close it and delete it from disk; cut short, it can be called again."""
+        """Close the run state and delete it from disk. May be called again after an interruption."""
         self.finished = 0
         self.close()
         with writing(self.folder):
@@ -173,20 +174,21 @@ class RunState:
         try:
             self._read(index)
         except PermissionError as error:
-            raise BarberError(f"cannot read {self.folder / str(index)}: {error.strerror}; mend that") from error
-        except DAMAGE:
+            path = self.folder / str(index)
+            raise BarberError(f"cannot read {path}: {error.strerror}; make it readable") from error
+        except READ_ERRORS:
             return False
         return True
 
-    def _sweep(self) -> None:
-        """Delete what a commit that was cut short has left."""
+    def _delete_leftovers(self) -> None:
+        """Delete the files of an interrupted commit."""
         for path in self.folder.iterdir():
             if path.name != IDENTITY and not _is_step(path):
                 _delete_tree(path)
 
 
 def _check_identity(folder: Path, identity: dict[str, Any]) -> None:
-    """Raise BarberError unless the run there has this identity."""
+    """Raise `BarberError` unless the folder holds a run state with this identity."""
     path = folder / IDENTITY
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
@@ -195,23 +197,25 @@ def _check_identity(folder: Path, identity: dict[str, Any]) -> None:
     except (FileNotFoundError, NotADirectoryError):
         raise BarberError(f"--resume: no unfinished run under {folder}; leave --resume out to start one") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise BarberError(f"--resume: {path}: cannot be read ({_gist(error)}); start anew with --overwrite") from None
+        cause = _first_line(error)
+        raise BarberError(f"--resume: {path}: cannot be read ({cause}); start over with --overwrite") from None
     given = json.loads(json.dumps(identity))
     differing = [name for name in given | stored if given.get(name) != stored.get(name)]
     if not differing:
         return
-    said = [
+    differences = [
         f"{name} differs from that of the run under {folder}"
-        if name.startswith(HASH)
+        if name.startswith(HASH_PREFIX)
         else f"{name} was {stored.get(name)} in the run under {folder}, now {given.get(name)}"
-        for name in differing[:NAMED]
+        for name in differing[:MAX_NAMED]
     ]
-    if len(differing) > NAMED:
-        said.append(f"and so on, {len(differing)} in all")
-    raise BarberError(f"--resume: {'; '.join(said)}; give the same or start anew with --overwrite")
+    if len(differing) > MAX_NAMED:
+        differences.append(f"and so on, {len(differing)} in all")
+    raise BarberError(f"--resume: {'; '.join(differences)}; use the same or start over with --overwrite")
 
 
-def _gist(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
+    """First line of an error's message, at most 200 characters."""
     return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
@@ -224,12 +228,16 @@ def _is_step(path: Path) -> bool:
 
 
 def _delete(folder: Path) -> None:
-    """Delete a run state, identity.json last: cut short, it is still known for one."""
+    """Delete a run state, identity.json last, so that after an interruption the folder is still known as one.
+
+    Raises:
+        BarberError: the folder holds something other than a run state.
+    """
     if not folder.exists():
         return
     entries = set(folder.iterdir()) - {_partial(folder)}
     if entries and folder / IDENTITY not in entries:
-        raise BarberError(f"{folder} is in the way: it is no unfinished run; move it or choose another --out")
+        raise BarberError(f"{folder} exists but is not an unfinished run; move it or choose another --out")
     for path in entries - {folder / IDENTITY}:
         _delete_tree(path)
     shutil.rmtree(folder)

@@ -17,7 +17,7 @@ from jax import lax
 
 from barber_jax.forward.passes import Parameters, sparsify
 from barber_jax.models.decoder import BlockDefinition, SubBlock
-from barber_jax.models.sharding import DATA, constrain, groups, kernel_axes
+from barber_jax.models.sharding import DATA, constrain, data_axis_size, kernel_axes
 from barber_jax.stages.loss import TokenWeighting, error
 
 
@@ -45,8 +45,8 @@ def _constrain(sub: SubBlock, squares: dict[str, jax.Array]) -> dict[str, jax.Ar
 def zero_totals(definition: BlockDefinition, sub: SubBlock) -> Totals:
     """Totals before the first sample."""
     shapes = dict(definition.shapes)
-    squares = {path: jnp.zeros((groups(), *shapes[path]), jnp.float32) for path in sub.kernels}
-    return Totals(_constrain(sub, squares), constrain(jnp.zeros(groups(), jnp.float32), DATA))
+    squares = {path: jnp.zeros((data_axis_size(), *shapes[path]), jnp.float32) for path in sub.kernels}
+    return Totals(_constrain(sub, squares), constrain(jnp.zeros(data_axis_size(), jnp.float32), DATA))
 
 
 @partial(jax.jit, static_argnames=("definition", "sub", "weighting"), donate_argnames="totals")
@@ -99,7 +99,7 @@ def accumulate(
 
     def micro_batch(totals: Totals, hidden: jax.Array) -> tuple[Totals, jax.Array]:
         # Each group takes consecutive samples: those that its devices hold already.
-        grouped = hidden.reshape(groups(), -1, *hidden.shape[1:])
+        grouped = hidden.reshape(data_axis_size(), -1, *hidden.shape[1:])
         totals, dense = lax.scan(side_by_side, totals, jnp.moveaxis(grouped, 1, 0))
         return totals, constrain(jnp.moveaxis(dense, 0, 1).reshape(hidden.shape), DATA)
 

@@ -34,7 +34,7 @@ def token_weights(block: Block, hidden: jax.Array, y: jax.Array, weighting: Toke
     if weighting == "none":
         return None
     residual = lax.stop_gradient(hidden.astype(jnp.float32) + y.astype(jnp.float32))
-    return 1.0 / (block.spread(residual) + MIN_SPREAD)
+    return 1.0 / (block.norm_variance(residual) + MIN_SPREAD)
 
 
 def error(block: Block, hidden: jax.Array, a: jax.Array, b: jax.Array, weighting: TokenWeighting) -> jax.Array:

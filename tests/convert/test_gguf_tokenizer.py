@@ -248,7 +248,7 @@ def test_torch_is_not_needed(tmp_path):
         ({"tokens": None}, "tokenizer.ggml.tokens is missing"),
         ({"merges": None}, "tokenizer.ggml.merges is missing"),
         ({"merges": ["ab"]}, "not a pair"),
-        ({"merges": ["zz yy"]}, "do not fit together"),
+        ({"merges": ["zz yy"]}, "are inconsistent"),
         ({"tokens": ["a", "b", "a"]}, "twice"),
         ({"token_type": None}, "token_type must have one number"),
         ({"token_type": np.array([1])}, "token_type must have one number"),

@@ -9,12 +9,11 @@ import textwrap
 
 import numpy as np
 import pytest
-import torch
+from checkpoints import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
-from safetensors.torch import load_file as load_torch_file
 
 from barber_jax.console.errors import BarberError
 from barber_jax.convert.safetensors_writer import DTYPE_NAMES, SafetensorsWriter
@@ -33,7 +32,14 @@ def random_array(rng: np.random.Generator, dtype: np.dtype, shape: tuple[int, ..
     return rng.integers(0, 100, shape).astype(dtype)
 
 
-def raw(tensor: torch.Tensor) -> bytes:
+def load_torch_file(path):
+    pytest.importorskip("torch")
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def raw(tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 

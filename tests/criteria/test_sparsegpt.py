@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from criterion_contract import CriterionContract
 
 from barber_jax.console.errors import BarberError
 from barber_jax.criteria import sparsegpt
@@ -104,3 +105,11 @@ def test_damping_is_raised_and_said():
 def test_hopeless_hessian_is_an_error():
     with pytest.raises(BarberError, match=r"mlp\.in.*samples"):
         sparsegpt.prepare(jnp.asarray([[jnp.nan, 0.0], [0.0, 1.0]], jnp.float32), 1, "mlp.in", print)
+
+
+class TestSparseGPT(CriterionContract):
+    method = "sparsegpt"
+    options = ("--method", "sparsegpt", "--no-rebuild")
+    group = (0, 1)
+    # Column after column it turns rounding into other weights.
+    mesh_agreement = 0.98

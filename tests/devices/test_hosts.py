@@ -9,8 +9,10 @@ import time
 import numpy as np
 import pytest
 from checkpoints import BASE, write_model
-from cli import prune_masks
+from cli import environment, prune_masks
 
+from barber_jax.config import PruneConfig
+from barber_jax.console.errors import BarberError
 from barber_jax.devices import hosts
 from barber_jax.masks.mask_file import read_masks
 
@@ -28,7 +30,6 @@ def start(inputs, out, processes, *options, program=("-m", "barber_jax.prune")):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     common = ["--ckpt", inputs / "dense", "--calibration", inputs / "ids.npy", "--out", out, *RUN, *options]
     common += ["--coordinator", f"127.0.0.1:{port}", "--processes", processes]
     return [
@@ -36,13 +37,21 @@ def start(inputs, out, processes, *options, program=("-m", "barber_jax.prune")):
             list(map(str, [sys.executable, *program, *common, "--process", process])),
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, **flags},
+            env=environment(2),
         )
         for process in range(processes)
     ]
 
 
-@pytest.mark.parametrize("options", [[], ["--mesh", "data=2,model=2"], ["--method", "sparsegpt", "--format", "both"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--mesh", "data=2,model=2"],
+        pytest.param([], marks=pytest.mark.slow),
+        pytest.param(["--method", "sparsegpt", "--format", "both"], marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
 def test_two_processes_of_two_devices_give_the_masks_of_one(options, inputs):
     both = start(inputs, inputs / "two", 2, *options)
     said = [process.communicate(timeout=300)[1] for process in both]
@@ -62,6 +71,8 @@ def test_two_processes_of_two_devices_give_the_masks_of_one(options, inputs):
 DYING = """
 import os, sys
 from barber_jax import prune
+from barber_jax.config import PruneConfig
+from barber_jax.console.errors import BarberError
 from barber_jax.devices import hosts
 from barber_jax.run import loop
 hosts.HEARTBEAT_S = 10
@@ -88,7 +99,8 @@ prune.run(sys.argv[1:])
 """
 
 
-def test_two_processes_go_on_with_a_run(inputs):
+@pytest.mark.slow
+def test_two_processes_resume_a_run(inputs):
     whole = start(inputs, inputs / "whole", 2)
     said = [process.communicate(timeout=300)[1] for process in whole]
     assert [process.returncode for process in whole] == [0, 0], said
@@ -103,6 +115,7 @@ def test_two_processes_go_on_with_a_run(inputs):
     assert not (inputs / "two.run").exists()
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_stops_the_other(inputs):
     began = time.monotonic()
     both = start(inputs, inputs / "two", 2, program=("-c", DYING))
@@ -119,8 +132,7 @@ def test_processes_with_different_options_stop(inputs):
     both[1].wait()
     line = list(both[1].args)
     line[line.index("0.3")] = "0.4"
-    other = subprocess.Popen(line, stderr=subprocess.PIPE, text=True,
-                             env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"})  # fmt: skip
+    other = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=environment(2))
     said = [process.communicate(timeout=150)[1] for process in (both[0], other)]
     assert both[0].returncode != 0 and other.returncode != 0
     assert "the processes differ in options or files" in "".join(said)
@@ -134,10 +146,9 @@ def test_processes_with_different_options_stop(inputs):
         (["--coordinator", "here:1", "--processes", "2", "--process", "2"], "not one of the 2"),
     ],
 )
-def test_bad_process_options(options, complaint, inputs):
-    line = [sys.executable, "-m", "barber_jax.prune", "--ckpt", inputs / "dense", "--out", inputs / "out", *options]
-    done = subprocess.run(list(map(str, line)), capture_output=True, text=True)
-    assert done.returncode == 2 and complaint in done.stderr and done.stderr.count("\n") == 1
+def test_bad_process_options(options, complaint):
+    with pytest.raises(BarberError, match=complaint):
+        PruneConfig.parse("barber_jax.prune", ["--ckpt", "dense", "--out", "out", *options])
 
 
 @pytest.mark.parametrize(

@@ -334,7 +334,7 @@ def test_shard_with_the_mask_files_name(refused, model, ids):
         (lambda t: t.update({UP: t[UP].T.copy()}), [f"tensor {UP} has shape [32, 48]", "asks for [48, 32]"]),
         (lambda t: t.update({UP: t[UP].ravel().copy()}), [f"tensor {UP} has shape [1536]"]),
         (lambda t: t.update({UP: t[UP].astype(np.int8)}), [f"tensor {UP} has dtype I8", "known: F32"]),
-        (lambda t: t.update(extra=t[UP].copy()), ["tensor extra has no place"]),
+        (lambda t: t.update(extra=t[UP].copy()), ["tensor extra does not belong"]),
     ],
 )
 def test_tensors_that_do_not_fit(refused, model, ids, edit, says):
@@ -353,8 +353,8 @@ def test_nan_and_infinity(refused, model, ids, name, value):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--method", "wanda"], "block 0: what enters its linears is not finite"),
-        (["--method", "wanda", "--rebuild"], "block 0: what enters its linears is not finite"),
+        (["--method", "wanda"], "block 0: the inputs of its linears are not finite"),
+        (["--method", "wanda", "--rebuild"], "block 0: the inputs of its linears are not finite"),
         (["--method", "magnitude", "--rebuild"], "block 0, mlp: the loss is"),
         (["--method", "magnitude", "--refine", "2"], "block 0, mlp: the loss is"),
     ],
@@ -533,7 +533,7 @@ def test_out_that_exists(refused, sound, ids, tmp_path):
     out.mkdir()
     refused.prune(sound, ids, says=[f"--out {out} exists", "--overwrite"])
     (out / "thesis.txt").write_text("years of work")
-    refused.prune(sound, ids, "--overwrite", says=[f"--out {out}", "no result of an earlier run"])
+    refused.prune(sound, ids, "--overwrite", says=[f"--out {out}", "not the result of an earlier run"])
     file = out / "thesis.txt"
     refused.prune(sound, ids, "--overwrite", out=file, says=[f"--out {file}", "is a file"])
     refused.prune(sound, ids, out=file / "deeper", says=f"cannot write {file / 'deeper'}")
@@ -552,15 +552,17 @@ def test_out_among_the_inputs(refused, model, ids, tmp_path, options, monkeypatc
         f"{model}/",
         tmp_path / "x/../model",
     ):
-        refused.prune(model, ids, *options, out=out, says=["--out", "is or lies inside", "choose another folder"])
-    refused.prune(tmp_path / "link", ids, *options, out=model / "out", says="is or lies inside")
-    refused.prune(model, ids, *options, out=tmp_path, says=[f"--out {tmp_path} holds {model}", "choose another folder"])
+        refused.prune(model, ids, *options, out=out, says=["--out", "is or is inside", "choose another folder"])
+    refused.prune(tmp_path / "link", ids, *options, out=model / "out", says="is or is inside")
+    refused.prune(
+        model, ids, *options, out=tmp_path, says=[f"--out {tmp_path} contains {model}", "choose another folder"]
+    )
     (tmp_path / "data").mkdir()
     moved = shutil.move(ids, tmp_path / "data" / "ids.npy")
-    refused.prune(model, moved, *options, out=tmp_path / "data", says=["holds", str(moved)])
+    refused.prune(model, moved, *options, out=tmp_path / "data", says=["contains", str(moved)])
     monkeypatch.chdir(model)
-    refused.prune(".", moved, *options, out="out", says="is or lies inside")
-    refused.prune(".", moved, *options, out=".", says="is or lies inside")
+    refused.prune(".", moved, *options, out="out", says="is or is inside")
+    refused.prune(".", moved, *options, out=".", says="is or is inside")
 
 
 def test_failed_overwrite_leaves_the_old_result(refused, model, ids, tmp_path):
@@ -642,7 +644,7 @@ def test_full_disk_while_the_tokenizer_of_a_gguf_is_written(refused, tmp_path, m
         (["--tokens", "ids.npy", "--windows", "17"], "128 tokens give 16 windows of --length 8, not 17"),
         (["--tokens", "ids.npy", "--windows", "0"], "--windows 0 must be at least 1"),
         (["--tokens", "ids.npy", "--batch", "0"], "--batch 0 must be at least 1"),
-        (["--tokens", "ids.npy", "--json", "gone/a.json"], "--json gone/a.json is a folder or lies in none"),
+        (["--tokens", "ids.npy", "--json", "gone/a.json"], "--json gone/a.json is a folder or its folder"),
         (["--tokens", "ids.npy", "--json", "."], "--json . is a folder"),
         (["--tokens", "ids.npy", "--foo"], "Unrecognized options: --foo"),
         (["--dataset", "foo"], "invalid choice 'foo' for argument '--dataset'"),

@@ -1,64 +1,91 @@
-"""The examples of docs/contributing.md do what they say."""
+"""The examples of docs/contributing.md do what they say: files are added, and lines edited, in a copy of the code."""
 
+import os
 import re
-import types
+import shutil
+import subprocess
+import sys
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
-import transformers
-from checkpoints import BASE, FAMILIES, assert_same_logits, write_model
-from cli import ORACLES, prune_masks
+from checkpoints import BASE, FAMILIES, assert_same_logits, write_reference
+from cli import ORACLES
 
-from barber_jax import config, models
-from barber_jax.criteria import CRITERIA
+from barber_jax import models
+from barber_jax.masks import read_masks
 
-PAGE = (Path(__file__).parents[2] / "docs" / "contributing.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
 
 
-def example(path: str) -> types.ModuleType:
-    """The module that the page shows for a file."""
+def example(path: str) -> str:
+    """The file that the page shows."""
     (code,) = re.findall(rf"```python\n# {re.escape(path)}\n(.*?)```", PAGE, re.DOTALL)
-    module = types.ModuleType("example")
-    exec(compile(code, path, "exec"), module.__dict__)
-    return module
+    return code
 
 
-@pytest.fixture
-def ria(monkeypatch):
-    """RIA registered by the three lines."""
-    monkeypatch.setitem(CRITERIA, "ria", example("barber_jax/criteria/ria.py").CRITERION)
-    monkeypatch.setitem(config.PUBLISHED, "ria", ("output1", 0.01))
-    method = Literal["magnitude", "wanda", "sparsegpt", "ria"]
-    monkeypatch.setitem(config.PruneConfig.__annotations__, "method", method | None)
-    monkeypatch.setattr(config.PruneConfig.__dataclass_fields__["method"], "type", method | None)
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A copy of the code, run from its root without being installed."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("barber_jax", "convert", "eval"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
 
 
-@pytest.mark.parametrize("pattern", [[], ["--pattern", "2:4"]])
-def test_a_criterion(ria, tmp_path, pattern):
-    quick = ["--samples", 4, "--length", 32, *pattern]
-    made = {}
-    for method in ("ria", "wanda"):
-        line = ["--method", method, *quick]
-        made[method] = prune_masks(tmp_path / method, ORACLES / "llama", ORACLES / "llama/calibration_ids.npy", *line)
-    for mask in made["ria"].values():
+def prune_in(copy, out, *options):
+    """Masks that the copy's `python -m barber_jax.prune` makes of the small oracle model."""
+    given = ["--ckpt", ORACLES / "llama", "--calibration", ORACLES / "llama/calibration_ids.npy", "--out", out]
+    line = [sys.executable, "-m", "barber_jax.prune", *given, "--samples", "4", "--length", "32", *options]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(list(map(str, line)), cwd=copy, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    masks = read_masks(out / "masks.safetensors")
+    return {name: masks.read(name) for name in masks.names()}
+
+
+def add(copy, path, table, line):
+    """Write the page's file for a path, and a line into a table: what the page says to do."""
+    (copy / path).write_text(example(path), encoding="utf-8")
+    place = copy / table
+    place.write_text(line(place.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def test_a_criterion(copy, tmp_path):
+    def line(text):
+        text = text.replace("import magnitude, sparsegpt, wanda", "import magnitude, ria, sparsegpt, wanda")
+        return text.replace(
+            '    "wanda": wanda.CRITERION,\n', '    "wanda": wanda.CRITERION,\n    "ria": ria.CRITERION,\n'
+        )
+
+    assert '`"ria": ria.CRITERION`' in PAGE
+    add(copy, "barber_jax/criteria/ria.py", "barber_jax/criteria/__init__.py", line)
+    made = {
+        name: prune_in(copy, tmp_path / name, *options)
+        for name, options in {
+            "ria": ["--method", "ria"],
+            "ria 2:4": ["--method", "ria", "--pattern", "2:4"],
+            "wanda": ["--method", "wanda"],
+        }.items()
+    }
+    for name, mask in made["ria"].items():
         np.testing.assert_array_equal(mask.sum(axis=1), mask.shape[1] // 2)
+        assert (made["ria 2:4"][name].reshape(-1, 4).sum(axis=1) == 2).all()
     assert any((mask != made["wanda"][name]).any() for name, mask in made["ria"].items())
 
 
 def test_a_model_family(tmp_path, monkeypatch):
-    build = example("barber_jax/models/seed_oss.py").build
-    monkeypatch.setitem(models.FAMILIES, "seed_oss", (build, "SeedOssForCausalLM"))
-    classes = transformers.SeedOssConfig, transformers.SeedOssForCausalLM
-    monkeypatch.setitem(FAMILIES, "seed_oss", (*classes, {**BASE, "head_dim": 8}))
+    module = {}
+    exec(compile(example("barber_jax/models/seed_oss.py"), "seed_oss.py", "exec"), module)
+    monkeypatch.setitem(models.FAMILIES, "seed_oss", (module["build"], "SeedOssForCausalLM"))
+    monkeypatch.setitem(FAMILIES, "seed_oss", ("SeedOssConfig", "SeedOssForCausalLM", {**BASE, "head_dim": 8}))
     for out_bias in (False, True):
         folder = tmp_path / str(out_bias)
-        assert_same_logits(folder, write_model(folder, "seed_oss", attention_out_bias=out_bias))
+        assert_same_logits(folder, write_reference(folder, "seed_oss", attention_out_bias=out_bias))
 
 
 def test_the_examples_are_short():
     for path in ("barber_jax/criteria/ria.py", "barber_jax/models/seed_oss.py"):
-        (code,) = re.findall(rf"```python\n# {re.escape(path)}\n(.*?)```", PAGE, re.DOTALL)
-        body = [line for line in code.splitlines() if line.strip() and "import" not in line]
+        body = [line for line in example(path).splitlines() if line.strip() and "import" not in line]
         assert len(body) <= 10, path

@@ -51,8 +51,8 @@ def test_operations_of_a_block(family, tmp_path):
     write_model(tmp_path / "dense", family)
     config = PruneConfig(ckpt="dense", out=Path("out"), samples=2, length=8)
     model = model_of(tmp_path / "dense")
-    assert operations.of_block(model, config, last=False) == COUNTS[family]
-    whole = operations.of_run(model, config)
+    assert operations.block_operations(model, config, last=False) == COUNTS[family]
+    whole = operations.run_operations(model, config)
     # Nobody looks at stream A after the last of the two blocks.
     assert whole["propagate"] == COUNTS[family]["propagate"]
     assert whole["mlp gradient"] == 2 * COUNTS[family]["mlp gradient"]
@@ -62,9 +62,9 @@ def test_stages_that_are_not_run_count_nothing(tmp_path):
     write_model(tmp_path / "dense")
     model = model_of(tmp_path / "dense")
     magnitude = PruneConfig(ckpt="dense", out=Path("out"), samples=2, length=8, method="magnitude", rebuild=False)
-    assert set(operations.of_block(model, magnitude, last=False).values()) == {0}
+    assert set(operations.block_operations(model, magnitude, last=False).values()) == {0}
     sparsegpt = PruneConfig(ckpt="dense", out=Path("out"), samples=2, length=8, method="sparsegpt")
-    more = operations.of_block(model, sparsegpt, last=True)["start"] - COUNTS["llama"]["start"]
+    more = operations.block_operations(model, sparsegpt, last=True)["start"] - COUNTS["llama"]["start"]
     grams = 2 * TOKENS * (32**2 * 3 + 48**2) + 3 * (2 * 32**3 // 3) + 2 * 48**3 // 3
     assert more == grams + 32**2 * (32 + 16 + 16 + 32 + 48 + 48) + 48**2 * 32
 
@@ -87,9 +87,9 @@ def test_operations_against_the_program(family, tmp_path):
         waste = CAUSAL * 2 * length // (length + 1) - CAUSAL if sub.name == "self_attn" else 0
         forward = products(jax.make_jaxpr(run)(kernels).jaxpr) - waste
         both = products(jax.make_jaxpr(jax.grad(lambda k, run=run: jnp.sum(run(k) ** 2)))(kernels).jaxpr) - 3 * waste
-        assert operations.forward(model, sub, samples, length) == forward
+        assert operations.forward_operations(model, sub, samples, length) == forward
         # The other forward is the sparse one's.
-        assert operations.gradient(model, sub, samples, length) == forward + both
+        assert operations.gradient_operations(model, sub, samples, length) == forward + both
 
 
 def products(jaxpr) -> int:
@@ -116,7 +116,7 @@ def test_steady_block(layers, median, last, tmp_path):
     middle = [4.0, 6.0, 5.0][: layers - 2]
     blocks = [{"seconds": {"start": total * 0.75, "mlp swap": total * 0.25}} for total in [99.0, *middle, 8.0]]
     figures = benchmark.steady_block(model, config, blocks, lambda spent, needed: {"seconds": spent, "needed": needed})
-    needed = sum(operations.of_block(model, config, last=last).values())
+    needed = sum(operations.block_operations(model, config, last=last).values())
     assert figures == {"seconds": median, "needed": needed, "swap_share": 0.25}
     assert benchmark.steady_block(model, config, blocks[:1], None) is None
 

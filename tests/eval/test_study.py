@@ -13,8 +13,7 @@ from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError
 from barber_jax.eval import study as study_module
 from barber_jax.eval.agreement import agreement
-from barber_jax.eval.grid import command as grid_command
-from barber_jax.eval.grid import read_grid, run_grid, settings
+from barber_jax.eval.grid import prune_arguments, read_grid, run_grid, settings
 from barber_jax.eval.runs import load_runs
 from barber_jax.masks.mask_file import read_masks
 
@@ -48,22 +47,22 @@ def test_agreement_is_jaccards_index(folders):
     for a, b, pruned, swapped in pairs:
         one, other = masks[a.name], masks[b.name]
         for name in one.names():
-            assert pruned.matrices[name] == pytest.approx(jaccard(~one.read(name), ~other.read(name)))
+            assert pruned.per_matrix[name] == pytest.approx(jaccard(~one.read(name), ~other.read(name)))
         if (a.name, b.name) != ("a", "b"):
             assert swapped is None
             continue
         moved = [{n: masks[x].read(n) ^ starts[x].read(n) for n in one.names()} for x in "ab"]
         for name in one.names():
-            assert swapped.matrices[name] == pytest.approx(jaccard(moved[0][name], moved[1][name]))
+            assert swapped.per_matrix[name] == pytest.approx(jaccard(moved[0][name], moved[1][name]))
         both = sum((moved[0][n] & moved[1][n]).sum() for n in one.names())
         either = sum((moved[0][n] | moved[1][n]).sum() for n in one.names())
-        assert swapped.whole == pytest.approx(both / either)
+        assert swapped.overall == pytest.approx(both / either)
 
 
 def test_a_run_agrees_with_itself(folders, tmp_path):
     copy = shutil.copytree(folders[0], tmp_path / "again")
     ((_, _, pruned, swapped),) = agreement(load_runs([folders[0], copy]))
-    assert pruned.whole == swapped.whole == 1
+    assert pruned.overall == swapped.overall == 1
 
 
 def test_the_command_writes_tables_and_pages(folders, tmp_path):
@@ -234,7 +233,7 @@ def test_a_group_may_vary_a_stage_and_its_options(tmp_path, shared, group, runs)
     found = settings(read_grid([path]), str(LLAMA))
     assert [told(each.config) for each in found] == runs
     for each in found:
-        line = grid_command(each, str(LLAMA), study_module.Path("out"))
+        line = prune_arguments(each, str(LLAMA), study_module.Path("out"))
         assert told(parse(PruneConfig, "barber_jax.prune", line)) == told(each.config)
 
 
@@ -340,5 +339,5 @@ def test_the_grids_that_come_with_the_package():
             continue
         for extra in ([], small):
             for setting in settings(read_grid([path, *extra]), "some/model"):
-                line = grid_command(setting, "some/model", study_module.Path("out"))
+                line = prune_arguments(setting, "some/model", study_module.Path("out"))
                 assert line[:2] == ["--ckpt", "some/model"]

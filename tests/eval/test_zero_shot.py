@@ -5,18 +5,22 @@ import sys
 
 import numpy as np
 import pytest
-from checkpoints import write_model
+from checkpoints import write_reference
 from cli import command
 from datasets import ClassLabel, Dataset, Features, Value
-from lm_eval import simple_evaluate
-from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+pytest.importorskip("torch")
+pytest.importorskip("lm_eval")
+
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
 from barber_jax.console.errors import BarberError
 from barber_jax.eval import zero_shot
-from barber_jax.eval.language_model import BarberLM, bucket
+from barber_jax.eval.language_model import BarberLM, padded_length
 from barber_jax.eval.task_data import load_tasks
 
 WORDS = ["water", "runs", "down", "the", "hill", "because", "a", "river", "is", "long", "near", "old", "towns"]
@@ -100,7 +104,7 @@ def data(tmp_path_factory):
 
 def write_with_tokenizer(folder, family, **changes):
     """A tiny random model whose tokens are bytes."""
-    model = write_model(folder, family, vocab_size=VOCABULARY, max_position_embeddings=256, **changes)
+    model = write_reference(folder, family, vocab_size=VOCABULARY, max_position_embeddings=256, **changes)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<s>": 0, "</s>": 1} | {letter: number + 2 for number, letter in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
@@ -197,10 +201,10 @@ def test_sampling_is_refused(pairs):
 
 
 def test_lengths_fall_into_few_buckets():
-    sizes = {bucket(length, 2048) for length in range(1, 2049)}
+    sizes = {padded_length(length, 2048) for length in range(1, 2049)}
     assert sizes == {32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048}
-    assert all(bucket(length, 2048) >= length for length in range(1, 2049))
-    assert bucket(250, 250) == 250
+    assert all(padded_length(length, 2048) >= length for length in range(1, 2049))
+    assert padded_length(250, 250) == 250
 
 
 def test_command_line_writes_the_table(pairs, data, tmp_path, capsys):

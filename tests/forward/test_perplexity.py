@@ -5,8 +5,7 @@ import math
 
 import numpy as np
 import pytest
-import torch
-from checkpoints import write_model
+from checkpoints import our_logits, write_model, write_reference
 from cli import command
 
 from barber_jax.console.errors import BarberError
@@ -15,22 +14,39 @@ from barber_jax.eval.perplexity import PerplexityConfig, evaluate, read_results
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
-    """A tiny model, two files of ids, and what transformers makes of windows of 16."""
+    """A tiny model, two files of ids, and their perplexity in windows of 16 from a plain loop over logits."""
     folder = tmp_path_factory.mktemp("model")
-    model = write_model(folder)
+    write_model(folder)
     rng = np.random.default_rng(5)
     files, wanted = [], []
     for name, count in (("a.npy", 7 * 16 + 5), ("b.npy", 16 * 16)):
         ids = rng.integers(0, 97, count)
         files.append(folder / name)
         np.save(files[-1], ids)
+        windows = ids[: count // 16 * 16].reshape(-1, 16)
+        wanted.append(plain_perplexity(our_logits(folder, ids=windows[None].astype(np.int32)), windows))
+    return folder, tuple(files), wanted
+
+
+def plain_perplexity(logits, windows):
+    """exp of the mean over windows of the mean next-token loss, from float32 logits [windows, length, vocabulary]."""
+    scores = logits[:, :-1].astype(np.float64)
+    log_probabilities = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+    return math.exp(-np.mean(np.take_along_axis(log_probabilities, windows[:, 1:, None], axis=-1)))
+
+
+def test_transformers_measures_the_same(case, tmp_path):
+    _, files, wanted = case
+    torch = pytest.importorskip("torch")
+    model = write_reference(tmp_path)
+    for file, perplexity in zip(files, wanted, strict=True):
+        ids = np.load(file)
         losses = []
-        for window in ids[: count // 16 * 16].reshape(-1, 16):
+        for window in ids[: len(ids) // 16 * 16].reshape(-1, 16):
             tokens = torch.as_tensor(window[None])
             with torch.no_grad():
                 losses.append(float(model(tokens, labels=tokens).loss))
-        wanted.append(math.exp(np.mean(losses)))
-    return folder, tuple(files), wanted
+        assert math.exp(np.mean(losses)) == pytest.approx(perplexity, rel=1e-5)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8, 50])
@@ -74,6 +90,7 @@ def test_other_files_are_refused(tmp_path, content):
 
 
 def test_against_torch_prints_both(case):
+    pytest.importorskip("torch")
     folder, files, wanted = case
     line = ["--ckpt", folder, "--tokens", files[1], "--length", 16, "--windows", 16, "--repeat", 1]
     done = command("eval.against_torch", *line)

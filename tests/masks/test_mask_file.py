@@ -121,9 +121,9 @@ def test_files_that_are_not_safetensors(path, masks):
 
 def test_safetensors_files_of_another_kind(path, masks):
     save_file({"a": np.zeros(3, np.uint8)}, path)
-    refused(path, "not a mask file: its metadata say format None")
+    refused(path, "not a mask file: its metadata give format None")
     save(path, masks, format="pt")
-    refused(path, "not a mask file: its metadata say format 'pt'")
+    refused(path, "not a mask file: its metadata give format 'pt'")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoints import IDS, assert_same_logits, logits, our_logits, write_model
+from checkpoints import IDS, assert_same_logits, logits, our_logits, write_model, write_reference
 from flax import nnx
 
 from barber_jax.console.errors import BarberError
@@ -42,7 +42,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_llama_logits_agree_with_transformers(layout, tmp_path):
-    reference = write_model(tmp_path, **LAYOUTS[layout])
+    reference = write_reference(tmp_path, **LAYOUTS[layout])
     assert_same_logits(tmp_path, reference)
 
 
@@ -55,7 +55,7 @@ def test_old_spelling_of_rope(rope, tmp_path):
     scaling = rope.get("rope_scaling", {})
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     new = {"rope_theta": rope.get("rope_theta", 10000.0), **scaling, "rope_type": kind}
-    reference = write_model(tmp_path, rope_parameters={k: v for k, v in new.items() if k != "type"})
+    reference = write_reference(tmp_path, rope_parameters={k: v for k, v in new.items() if k != "type"})
     config = json.loads((tmp_path / "config.json").read_text())
     del config["rope_parameters"]
     (tmp_path / "config.json").write_text(json.dumps(config | rope))
@@ -63,7 +63,7 @@ def test_old_spelling_of_rope(rope, tmp_path):
 
 
 def test_bfloat16_compute_is_close(tmp_path):
-    reference = logits(write_model(tmp_path), IDS[0])
+    reference = logits(write_reference(tmp_path), IDS[0])
     error = np.abs(our_logits(tmp_path, jnp.bfloat16) - reference)
     # bfloat16 has 8 bits of mantissa: parts in 256, through two blocks.
     assert error.mean() < 0.02 * np.abs(reference).mean() * 4
@@ -71,7 +71,7 @@ def test_bfloat16_compute_is_close(tmp_path):
 
 
 def test_whole_decoder_equals_the_streamed_forward(tmp_path):
-    reference = write_model(tmp_path, tie_word_embeddings=True)
+    reference = write_reference(tmp_path, tie_word_embeddings=True)
     checkpoint = open_checkpoint(str(tmp_path))
     model = build_model(checkpoint.config, jnp.dtype("float32"))
     flat = {f"embed.{k}": v for k, v in read_parameters(checkpoint, model.names.embed).items()}
@@ -86,7 +86,7 @@ def test_whole_decoder_equals_the_streamed_forward(tmp_path):
 
 
 def test_name_table_covers_transformers_names_and_goes_both_ways(tmp_path):
-    reference = write_model(tmp_path, attention_bias=True, mlp_bias=True)
+    reference = write_reference(tmp_path, attention_bias=True, mlp_bias=True)
     model = build_model(json.loads((tmp_path / "config.json").read_text()), jnp.dtype("float32"))
     tables = [model.names.embed, model.names.head, *(model.names.of_block(i) for i in range(model.layers))]
     assert {name for table in tables for name in table.values()} == set(reference.state_dict())

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoints import IDS, assert_same_logits, write_model
+from checkpoints import IDS, assert_same_logits, write_model, write_reference
 from safetensors.numpy import load_file, save_file
 
 from barber_jax.console.errors import BarberError
@@ -33,11 +33,11 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logits_agree_with_transformers(layout, tmp_path):
-    assert_same_logits(tmp_path, write_model(tmp_path, "opt", **LAYOUTS[layout]))
+    assert_same_logits(tmp_path, write_reference(tmp_path, "opt", **LAYOUTS[layout]))
 
 
 def test_checkpoint_whose_names_lack_the_leading_model(tmp_path):
-    reference = write_model(tmp_path, "opt")
+    reference = write_reference(tmp_path, "opt")
     file = tmp_path / "model.safetensors"
     tensors = {name.removeprefix("model."): tensor for name, tensor in load_file(file).items()}
     save_file(tensors, file, {"format": "pt"})
@@ -46,7 +46,7 @@ def test_checkpoint_whose_names_lack_the_leading_model(tmp_path):
 
 @pytest.mark.parametrize("layout", ["untied", "untied_post_norm"])
 def test_name_table_covers_transformers_names_and_goes_both_ways(layout, tmp_path):
-    state = write_model(tmp_path, "opt", **LAYOUTS[layout]).state_dict()
+    state = write_reference(tmp_path, "opt", **LAYOUTS[layout]).state_dict()
     model = build_model(json.loads((tmp_path / "config.json").read_text()), jnp.dtype("float32"))
     tables = [model.names.embed, model.names.head, *(model.names.of_block(i) for i in range(model.layers))]
     assert {name for table in tables for name in table.values()} == set(state)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
-from checkpoints import IDS, assert_same_logits, logits, our_logits, write_model
+from checkpoints import IDS, assert_same_logits, logits, our_logits, write_model, write_reference
 from cli import prune_masks
 
 from barber_jax.console.errors import BarberError
@@ -38,7 +38,7 @@ def name(value):
 
 @pytest.mark.parametrize(("family", "changes"), LAYOUTS, ids=name)
 def test_logits_agree_with_transformers(family, changes, tmp_path):
-    assert_same_logits(tmp_path, write_model(tmp_path, family, **changes))
+    assert_same_logits(tmp_path, write_reference(tmp_path, family, **changes))
 
 
 def test_a_window_changes_the_logits_behind_it_only(tmp_path):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from barber_jax.masks.mask_file import read_masks
 from barber_jax.models.decoder import SubBlock
-from barber_jax.reports.report_page import spread
+from barber_jax.reports.report_page import output_sparsity
 from barber_jax.stages import outliers
 from barber_jax.stages.outliers import format_maps, parse_map
 
@@ -65,7 +65,7 @@ def test_starting_masks_are_those_of_a_run_without_a_rebuild(run, tmp_path):
 
 def test_spread_over_outputs(run):
     masks = read_masks(run / "masks.safetensors")
-    for name, values in spread(run / "masks.safetensors").items():
+    for name, values in output_sparsity(run / "masks.safetensors").items():
         pruned = 1 - masks.read(name).mean(axis=1)
         assert values[[0, 2, 4]] == pytest.approx([pruned.min(), np.median(pruned), pruned.max()])
 
@@ -127,7 +127,7 @@ def test_where_the_starting_masks_came_from(run, tmp_path):
         (lambda folder: (folder / "run.json").unlink(), "run.json: no such file"),
         (lambda folder: (folder / "run.json").write_text("{"), "not JSON"),
         (lambda folder: (folder / "run.json").write_text("[]"), "not a record of barber_jax.prune"),
-        (lambda folder: change(folder, version=2), "version 2, and this barber_jax reads 1"),
+        (lambda folder: change(folder, version=3), "version 3, but this barber_jax reads versions up to 2"),
         (lambda folder: change(folder, blocks=None), "'blocks' is missing or damaged"),
         (lambda folder: (folder / "masks.safetensors").unlink(), "masks.safetensors: no such file"),
     ],

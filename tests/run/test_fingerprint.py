@@ -37,7 +37,7 @@ def test_array_fingerprint_is_of_dtype_shape_and_content():
 
 def test_sources_are_the_files_that_decide_what_a_checkpoint_holds(tmp_path):
     write_model(tmp_path / "whole")
-    write_model(tmp_path / "sharded", shard_size="20KB")
+    write_model(tmp_path / "sharded", shard_size=20_000)
     for folder in (tmp_path / "whole", tmp_path / "sharded"):
         (folder / "tokenizer.json").write_text("{}")
         (folder / "generation_config.json").write_text("{}")

@@ -22,7 +22,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 from barber_jax.console.errors import BarberError
 from barber_jax.run.block_file import NAME
-from barber_jax.run.run_state import IDENTITY, ITEM, NAMED, RunState
+from barber_jax.run.run_state import IDENTITY, ITEM, MAX_NAMED, RunState
 
 RUN = {"--alpha": 0.1, "--method": "wanda", "--rebuild": True, "--batch": None, "content of --ckpt x": "0123abcd" * 4}
 DTYPES = [np.bool_, np.uint8, np.float16, ml_dtypes.bfloat16, np.float32]
@@ -188,7 +188,7 @@ def test_resume_needs_a_run(folder):
 def test_differing_identity_is_named(three, changes, says):
     with pytest.raises(BarberError) as refusal:
         RunState.resume(three, {**RUN, **changes})
-    assert str(refusal.value) == f"--resume: {says.format(three)}; give the same or start anew with --overwrite"
+    assert str(refusal.value) == f"--resume: {says.format(three)}; use the same or start over with --overwrite"
 
 
 def test_entry_that_is_no_longer_given_is_named(three):
@@ -197,8 +197,8 @@ def test_entry_that_is_no_longer_given_is_named(three):
 
 
 def test_many_differences_still_make_a_short_line(three):
-    with pytest.raises(BarberError, match=f"and so on, {NAMED + 5} in all; give"):
-        RunState.resume(three, {**RUN, **{f"content of --ckpt shard{n}": "0" for n in range(NAMED + 5)}})
+    with pytest.raises(BarberError, match=f"and so on, {MAX_NAMED + 5} in all; use"):
+        RunState.resume(three, {**RUN, **{f"content of --ckpt shard{n}": "0" for n in range(MAX_NAMED + 5)}})
 
 
 def test_tuples_are_what_json_makes_of_them(folder):
@@ -209,7 +209,7 @@ def test_tuples_are_what_json_makes_of_them(folder):
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'{"--alpha": 0.1', b"[" * 100_000])
 def test_damaged_identity_is_one_clear_line(spoilt, content):
     (spoilt / IDENTITY).write_bytes(content)
-    with pytest.raises(BarberError, match=r"^--resume: .*identity\.json: cannot be read .* start anew") as refusal:
+    with pytest.raises(BarberError, match=r"^--resume: .*identity\.json: cannot be read .* start over") as refusal:
         RunState.resume(spoilt, RUN)
     assert "\n" not in str(refusal.value)
     RunState.create(spoilt, RUN).close()

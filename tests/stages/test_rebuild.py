@@ -1,0 +1,53 @@
+"""The rebuild as a stage: every granularity, N:M, retained updates, alpha chosen by validation."""
+
+import numpy as np
+import pytest
+from cli import masks_of
+from stage_contract import StageContract
+
+from barber_jax.console.errors import BarberError
+
+
+class TestRebuild(StageContract):
+    stage = "rebuild"
+    options = ("--alpha", 0.5)
+
+
+class TestRebuildWithAlphaChosen(StageContract):
+    stage = "rebuild"
+    options = ("--alpha", "auto", "--token-weighting", "norm", "--target", "same")
+
+
+class TestRebuildOfSparseGPT(StageContract):
+    stage = "rebuild"
+    options = ("--method", "sparsegpt", "--retain-reconstruction", "--alpha", 0.5, "--granularity", "output1")
+    mesh_agreement = 0.98
+
+
+@pytest.mark.parametrize(
+    ("granularity", "axis"), [("output1", 1), ("input1", 0), ("layer", (0, 1)), ("block", None)], ids=str
+)
+def test_every_comparison_group_keeps_its_count(granularity, axis, tiny, tiny_ids, tmp_path):
+    from cli import prune_masks
+
+    line = ["--samples", 4, "--length", 16, "--alpha", 0.7, "--granularity", granularity, "--save-start"]
+    masks = prune_masks(tmp_path / "out", tiny(), tiny_ids, *line)
+    start = masks_of(tmp_path / "out", "start_masks.safetensors")
+    assert any((masks[name] != start[name]).any() for name in masks)
+    if axis is not None:
+        for name, mask in masks.items():
+            np.testing.assert_array_equal(mask.sum(axis=axis), start[name].sum(axis=axis), err_msg=name)
+        return
+    for block in range(2):
+        for sub in ("self_attn", "mlp"):
+            names = [name for name in masks if f"layers.{block}.{sub}." in name]
+            assert sum(masks[name].sum() for name in names) == sum(start[name].sum() for name in names)
+            # Weights move between the matrices of a sub-block.
+            assert any(masks[name].sum() != start[name].sum() for name in names)
+
+
+def test_n_of_m_is_rebuilt_within_outputs_alone(tiny, tiny_ids, tmp_path):
+    from cli import prune_masks
+
+    with pytest.raises(BarberError, match="N:M patterns are rebuilt within an output"):
+        prune_masks(tmp_path / "out", tiny(), tiny_ids, "--pattern", "2:4", "--granularity", "layer")
