@@ -1,6 +1,7 @@
 """Options of a pruning run: combines the groups of options, checks them against each other and applies presets."""
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -259,7 +260,7 @@ class PruneConfig(
 def _preset(arguments: list[str]) -> str | None:
     """Value of the last --preset on the command line, or None."""
     found = None
-    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for word, following in itertools.pairwise([*arguments, None]):
         if word == "--preset":
             found = following
         elif word.startswith("--preset="):

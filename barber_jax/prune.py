@@ -110,8 +110,7 @@ def prune(config: PruneConfig) -> dict:
 def check_inputs(config: PruneConfig, checkpoint: Checkpoint, model: Model, devices: Devices) -> None:
     """Raise `BarberError`, before the long computation, if the options do not fit the checkpoint or the devices."""
     check_tensors(checkpoint, model)
-    if config.length > model.positions:
-        raise BarberError(f"--length {config.length} is more than the model's {model.positions} positions")
+    model.check_length(config.length)
     for name in model.kernel_names(0).values():
         config.sparsity_pattern.check_inputs(checkpoint.shape(name)[1], name)
     devices.check(model.block(), config.samples)

@@ -239,8 +239,6 @@ def run_grid(grid: dict[str, Any], ckpt: str, out: Path, log: Callable[[str], No
     """Run and evaluate the settings of a grid that are not finished yet.
 
     Args:
-        grid: from `read_grid`.
-        ckpt: the dense checkpoint.
         out: folder for the runs' folders.
         log: called with lines about the progress.
 

@@ -79,6 +79,7 @@ def evaluate(config: PerplexityConfig) -> list[dict]:
     checkpoint = open_checkpoint(config.ckpt)
     model = build_model(checkpoint.config, jnp.dtype(config.compute_dtype))
     check_tensors(checkpoint, model)
+    model.check_length(config.length)
     devices = Devices.of(parse_mesh(config.mesh))
     # The last micro-batch is padded, so the number of windows need not be a multiple of the data axis.
     devices.check(model.block(), devices.shape[0])

@@ -43,7 +43,7 @@ from barber_jax.models.decoder import Definition, define
 from barber_jax.models.family import Model
 
 DEMO_FOLDER = Path(".demo")
-END_OF_TEXT = "</s>"
+EOS = "</s>"
 HELD_OUT = "held_out.txt"
 MAX_STEPS_PER_CALL = 20
 """Optimizer steps at most in one call of `train_steps`, between which nothing returns to the host."""
@@ -121,9 +121,7 @@ class TrainConfig:
 
 
 def read_prose(config: TrainConfig) -> tuple[str, str]:
-    """Read or fetch the training text and the held-out text.
-
-    Documents are joined by blank lines, as in barber_jax.eval.perplexity.
+    """Read or fetch the training text and the held-out text, documents joined by blank lines as for perplexity.
 
     Raises:
         BarberError: a text cannot be read or fetched.
@@ -144,12 +142,7 @@ def read_prose(config: TrainConfig) -> tuple[str, str]:
 
 
 def make_tokenizer(text: str, vocabulary: int, positions: int):
-    """Train a byte-level BPE tokenizer on a text, as a `transformers` fast tokenizer.
-
-    Args:
-        vocabulary: largest number of tokens.
-        positions: longest sequence of the model.
-    """
+    """Train a byte-level BPE tokenizer of at most `vocabulary` tokens; `positions` is the model's longest sequence."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -157,15 +150,11 @@ def make_tokenizer(text: str, vocabulary: int, positions: int):
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = level, decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=[END_OF_TEXT], initial_alphabet=level.alphabet(), show_progress=False
+        vocab_size=vocabulary, special_tokens=[EOS], initial_alphabet=level.alphabet(), show_progress=False
     )
     bpe.train_from_iterator([text], trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
-        model_max_length=positions,
+        tokenizer_object=bpe, bos_token=EOS, eos_token=EOS, pad_token=EOS, model_max_length=positions
     )
 
 
@@ -220,14 +209,10 @@ def make_optimizer(steps: int, rate: float) -> optax.GradientTransformation:
 def train_steps(
     definition: Definition, optimizer: optax.GradientTransformation, state: tuple, ids: jax.Array
 ) -> tuple[tuple, jax.Array]:
-    """Take N optimizer steps.
-
-    Args:
-        state: (parameters, optimizer state); donated.
-        ids: int32 [N, S, L + 1], a batch for every step.
+    """Take N optimizer steps, one on each batch of `ids`, int32 [N, S, L + 1].
 
     Returns:
-        the new state, and the losses float32 [N].
+        the new state (parameters, optimizer state), and the losses, float32 [N]. The old state is donated.
     """
 
     def step(state: tuple, ids: jax.Array) -> tuple[tuple, jax.Array]:
@@ -239,13 +224,10 @@ def train_steps(
 
 
 def train(model: Model, ids: np.ndarray, config: TrainConfig) -> tuple[Parameters, np.ndarray]:
-    """Train a model from scratch.
-
-    Args:
-        ids: int32 [tokens], the training text.
+    """Train a model from scratch on a text of token ids, int32 [tokens].
 
     Returns:
-        the parameters, path in the whole decoder -> float32 array, and the loss of every step, float32 [steps].
+        the parameters by their path in the whole decoder, float32, and the loss of every step, float32 [steps].
 
     Raises:
         BarberError: the loss is no longer finite.
@@ -278,14 +260,9 @@ def to_tensors(model: Model, parameters: Parameters) -> dict[str, np.ndarray]:
 
 
 def write_checkpoint(out: Path, config: dict, tensors: dict[str, np.ndarray], tokenizer, texts: dict[str, str]) -> None:
-    """Write a Hugging Face checkpoint folder. If writing fails, nothing is left behind.
+    """Write a Hugging Face checkpoint folder, with `texts` (name -> content) as further files.
 
-    Args:
-        out: the folder, which must not exist.
-        config: content of config.json.
-        tensors: Hugging Face name -> array.
-        tokenizer: of transformers.
-        texts: further text files, name -> content.
+    If writing fails, nothing is left behind.
     """
     folder = sibling_path(out, ".partial")
     try:
@@ -328,10 +305,7 @@ def run(arguments: list[str] | None = None) -> None:
     unigram = math.exp(-np.mean(np.log(counts / counts.sum())[windows]))
     tenth, size = max(1, len(losses) // 10), sum(value.size for value in parameters.values()) / 1e6
     print(f"{config.out}: {size:.2f} million parameters, {config.steps} steps, {time.monotonic() - start:.0f} s")
-    print(
-        f"training loss {losses[:tenth].mean():.3f} -> {losses[-tenth:].mean():.3f}, "
-        "means over the first and last tenth of the steps"
-    )
+    print(f"training loss {losses[:tenth].mean():.3f} -> {losses[-tenth:].mean():.3f}, mean of first and last tenth")
     print(f"held-out perplexity {measured:.2f} in windows of {config.length} tokens (unigram model: {unigram:.0f})")
 
 

@@ -79,4 +79,8 @@ def _error_message(box: str) -> str:
     if first.startswith("Missing from"):
         return "missing " + ", ".join(names.findall(first))
     suggested = ", ".join(names.findall(rest)) if rest.startswith("Perhaps you meant") else ""
-    return " ".join(first.split()).rstrip(".") + (f" (perhaps you meant {suggested})" if suggested else "") or title
+    return (
+        " ".join(first.removeprefix("Error parsing ").split()).rstrip(".")
+        + (f" (perhaps you meant {suggested})" if suggested else "")
+        or title
+    )

@@ -113,8 +113,7 @@ def perplexity(
         BarberError: the windows are longer than the model's maximum length, or a tensor is damaged.
     """
     count, length = windows.shape
-    if length > model.positions:
-        raise BarberError(f"--length {length} is more than the model's {model.positions} positions")
+    model.check_length(length)
     devices = devices or Devices()
     data = devices.shape[0]
     # The micro-batch size must be a multiple of the mesh's `data`; windows that only fill up the last are not counted.

@@ -69,6 +69,11 @@ class Model:
         blocks = [self.make_block(rngs) for _ in range(self.layers)]
         return Decoder(self.make_embed(rngs), blocks, self.make_head(rngs), self.sub_blocks)
 
+    def check_length(self, length: int) -> None:
+        """Raise BarberError if sequences of `length` tokens are longer than the model's positions."""
+        if length > self.positions:
+            raise BarberError(f"--length {length} is more than the model's {self.positions} positions")
+
     def kernel_names(self, index: int) -> dict[str, str]:
         """Prunable kernels of a block: Flax path -> Hugging Face name, in order."""
         table = self.names.of_block(index)

@@ -132,7 +132,8 @@ def test_safetensors_win_over_bin_and_orbax(tmp_path, dense):
 
 
 def test_masks_run_record_and_companions_go_along(tmp_path, dense, ids):
-    (dense / "tokenizer.json").write_text("{}")
+    for file in ("tokenizer.json", "generation_config.json"):
+        (dense / file).write_text("{}")
     pruned = tmp_path / "pruned"
     prune_masks(pruned, dense, ids, *SMALL, *QUICK)
     orbax = convert(pruned, tmp_path / "orbax", "--format", "orbax")

@@ -283,7 +283,7 @@ def test_command_line_without_torch_says_what_to_install(path, tmp_path, monkeyp
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     done = subprocess.run([*line, "--model", str(tmp_path), "--masks", str(path)], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: torch is not installed; pip install 'barber_jax[torch]' brings it\n"
+    assert done.stderr == "error: torch is not installed; pip install 'barber_jax[torch]' installs it\n"
     done = subprocess.run([*line, "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--check-only" in done.stdout
 

