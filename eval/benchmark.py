@@ -36,6 +36,7 @@ from barber_jax.forward import passes
 from barber_jax.models import build_model
 from barber_jax.models.family import Model
 from barber_jax.prune import prune
+from barber_jax.stages import held_out_samples
 
 MATMUL_REPEATS = 7
 COMPILATION_EVENTS = {
@@ -80,6 +81,8 @@ class BenchmarkConfig(MeasureOptions, BenchmarkFileOptions, PruneConfig):
     """Prune, and report the speed of each stage as a fraction of the device's peak."""
 
     GROUPS: ClassVar = {"measure": MeasureOptions, **PruneConfig.GROUPS, "files": BenchmarkFileOptions}
+    # Not the generated one of a group, which knows that group's options alone.
+    __init__ = PruneConfig.__init__
 
     def settle(self) -> None:
         PruneConfig.settle(self)
@@ -147,8 +150,9 @@ def matmul_rates(model: Model, tokens: int, dtype: jnp.dtype) -> dict[str, float
 
 def micro_batch_tokens(config: PruneConfig) -> int:
     """Tokens in one micro-batch of the pruning: its number of samples divides --samples and is at most --batch."""
-    samples = np.empty((config.samples, 1), np.int32)
-    return config.length * passes.micro_batches(samples, config.batch or passes.default_batch(config.length)).shape[1]
+    samples, batch = np.empty((config.samples, 1), np.int32), config.batch or passes.default_batch(config.length)
+    held_out = held_out_samples(config, config.samples, 1)
+    return config.length * passes.micro_batches(samples, batch, held_out=held_out).shape[1]
 
 
 def prune_repeatedly(config: BenchmarkConfig) -> tuple[list[dict], list[float]]:

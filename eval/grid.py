@@ -181,11 +181,12 @@ def settings(grid: dict[str, Any], ckpt: str) -> list[Setting]:
                 stage_runs.setdefault((*key, *(getattr(config, name) for name in STAGE_OPTIONS)), setting)
     found = [*starts.values(), *stage_runs.values()]
     names = [setting.name for setting in found]
-    # Labels leave out what is set under `prune`, so names can coincide; the index makes them unique.
-    return [
-        each if names.count(each.name) == 1 else replace(each, name=f"{each.name},{index}")
-        for index, each in enumerate(found)
-    ]
+    unique: dict[int, Setting] = {}
+    for index, each in enumerate(found):
+        # Labels leave out what is set under `prune`, so names can coincide; the index makes them unique.
+        name = each.name if names.count(each.name) == 1 else f"{each.name},{index}"
+        unique[id(each)] = replace(each, name=name, start=each.start and unique[id(each.start)])
+    return list(unique.values())
 
 
 def _effective_options(options: Options) -> Options:

@@ -305,7 +305,7 @@ def run(arguments: list[str] | None = None) -> None:
     unigram = math.exp(-np.mean(np.log(counts / counts.sum())[windows]))
     tenth, size = max(1, len(losses) // 10), sum(value.size for value in parameters.values()) / 1e6
     print(f"{config.out}: {size:.2f} million parameters, {config.steps} steps, {time.monotonic() - start:.0f} s")
-    print(f"training loss {losses[:tenth].mean():.3f} -> {losses[-tenth:].mean():.3f}, mean of first and last tenth")
+    print(f"training loss {losses[:tenth].mean():.3f} -> {losses[-tenth:].mean():.3f}, first and last tenth of steps")
     print(f"held-out perplexity {measured:.2f} in windows of {config.length} tokens (unigram model: {unigram:.0f})")
 
 

@@ -5,10 +5,9 @@ import json
 import numpy as np
 import pytest
 from checkpoints import FAMILIES
-from cli import agreement, masks_of, prune_masks
+from cli import agreement, interrupted_after, masks_of, prune_masks
 
 from barber_jax import prune
-from barber_jax.run.loop import Pruning
 
 COMMON = ("--samples", 32, "--length", 8)
 """As many samples as hold out the same ones on every mesh here."""
@@ -65,19 +64,11 @@ class Contract:
         self.check(out, many, masks_of(out, "start_masks.safetensors"))
         assert sum(mask.sum() for mask in many.values()) == sum(mask.sum() for mask in one.values())
 
-    def test_stopped_and_resumed_gives_the_same_bytes_as_run_twice(self, pruned, tiny, tiny_ids, monkeypatch):
+    def test_stopped_and_resumed_gives_the_same_bytes_as_run_twice(self, pruned, tiny, tiny_ids):
         whole, _ = pruned("whole")
         again, _ = pruned("again")
         assert contents(again) == contents(whole)
-        result = Pruning._result
-
-        def stop(pruning, index, *rest):
-            if index == 1:
-                raise KeyboardInterrupt
-            return result(pruning, index, *rest)
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Pruning, "_result", stop)
+        with interrupted_after(1):
             pruned("resumed")
         line = ["--ckpt", tiny(), "--calibration", tiny_ids, "--out", whole.with_name("resumed"), *COMMON]
         prune.run([str(word) for word in [*line, *self.options, "--save-start", "--resume"]])

@@ -1,14 +1,17 @@
 """Running the command lines from tests."""
 
+import contextlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from barber_jax import prune
 from barber_jax.masks import read_masks
+from barber_jax.run.loop import Pruning
 
 ORACLES = Path(__file__).parent / "oracles"
 
@@ -42,3 +45,18 @@ def agreement(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float
     """Fraction of all weights on which two models' masks agree."""
     assert one.keys() == other.keys()
     return sum((other[name] == mask).sum() for name, mask in one.items()) / sum(mask.size for mask in one.values())
+
+
+@contextlib.contextmanager
+def interrupted_after(blocks: int):
+    """A pruning run in the body is interrupted, as by Ctrl-C, once so many blocks are committed."""
+    result = Pruning._result
+
+    def stop(pruning, index, *rest):
+        if index + 1 == blocks:
+            raise KeyboardInterrupt
+        return result(pruning, index, *rest)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Pruning, "_result", stop)
+        yield

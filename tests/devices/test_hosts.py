@@ -143,7 +143,7 @@ def test_processes_with_different_options_stop(inputs):
     [
         (["--coordinator", "here:1"], "give all three"),
         (["--coordinator", "here", "--processes", "2", "--process", "0"], "not host:port"),
-        (["--coordinator", "here:1", "--processes", "2", "--process", "2"], "not one of the 2"),
+        (["--coordinator", "here:1", "--processes", "2", "--process", "2"], "below --processes 2"),
     ],
 )
 def test_bad_process_options(options, complaint):

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from cli import command, prune_masks
+from cli import command, interrupted_after, prune_masks
 
 from barber_jax import prune
 from barber_jax.config import PRESETS, PruneConfig
@@ -59,20 +59,10 @@ def test_run_json_spells_a_preset_out(tiny, tiny_ids, tmp_path):
     assert (tmp_path / "preset" / weights).read_bytes() == (tmp_path / "options" / weights).read_bytes()
 
 
-def test_a_run_of_a_preset_is_resumed_by_its_options_spelled_out(tiny, tiny_ids, tmp_path, monkeypatch):
-    from barber_jax.run.loop import Pruning
-
+def test_a_run_of_a_preset_is_resumed_by_its_options_spelled_out(tiny, tiny_ids, tmp_path):
     line = ["--ckpt", tiny(), "--calibration", tiny_ids, "--out", tmp_path / "out", "--samples", 8, "--length", 16]
     line = [*map(str, line), "--reconstruct", "2"]
-    result = Pruning._result
-
-    def stop(pruning, index, *rest):
-        if index == 1:
-            raise KeyboardInterrupt
-        return result(pruning, index, *rest)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Pruning, "_result", stop)
+    with interrupted_after(1):
         prune.run([*line, "--preset", "best"])
     with pytest.raises(BarberError, match="--refine was 10"):
         prune.run([*line, "--preset", "mask", "--resume"])

@@ -252,6 +252,29 @@ def test_settings_share_their_starts(grid_file):
     assert len({each.name for each in found}) == len(found)
 
 
+def test_a_renamed_start_is_found_by_its_runs(tmp_path):
+    """A run and its start, both called by the method alone, get names of their own; the run starts from the start's."""
+    path = tmp_path / "grid.yaml"
+    path.write_text("prune: {reconstruct: 5}\nsweep: [{method: wanda, rebuild: false}]\n")
+    start, run = settings(read_grid([path]), str(LLAMA))
+    assert start.name != run.name and run.start == start
+    line = prune_arguments(run, str(LLAMA), study_module.Path("out"))
+    assert line[line.index("--masks") + 1] == f"out/{start.name}/masks.safetensors"
+
+
+def test_a_preset_in_a_grid_is_the_options_it_stands_for(tmp_path):
+    path = tmp_path / "grid.yaml"
+    path.write_text("sweep: [{preset: [paper, mask, best]}]\n")
+    found = settings(read_grid([path]), str(LLAMA))
+    runs = [each.config for each in found if each.start]
+    assert [(each.rebuild, each.refine, each.reconstruct) for each in runs] == [
+        (True, 0, 0),
+        (False, 30, 0),
+        (False, 10, 200),
+    ]
+    assert len(found) == 4
+
+
 def test_a_grid_gives_what_single_runs_give(grid_file, tmp_path):
     """Every run is in a process of its own, so few of them here: one for each way to reuse a start."""
     grid = read_grid([grid_file])

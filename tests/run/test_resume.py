@@ -13,12 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import BASE, write_model
-from cli import prune_masks
+from cli import interrupted_after, prune_masks
 
 from barber_jax import prune
 from barber_jax.console.errors import BarberError
 from barber_jax.convert.export import FolderWriter
-from barber_jax.run import loop
 
 OPTIONS = ["--samples", "4", "--length", "16", "--alpha", "0.5"]
 METHODS = {
@@ -67,18 +66,6 @@ def figures(out: Path):
     return record, files
 
 
-def fail_after(monkeypatch, blocks):
-    """Let the run be interrupted once so many blocks are committed."""
-    whole = loop.Pruning._result
-
-    def result(self, index, *rest):
-        if index + 1 == blocks:
-            raise KeyboardInterrupt
-        return whole(self, index, *rest)
-
-    monkeypatch.setattr(loop.Pruning, "_result", result)
-
-
 # The base tests of criteria and stages resume each of them; here is what concerns several.
 QUICK = ("magnitude", "by owl", "offloaded", "trained")
 
@@ -86,13 +73,11 @@ QUICK = ("magnitude", "by owl", "offloaded", "trained")
 @pytest.mark.parametrize(
     "method", [method if method in QUICK else pytest.param(method, marks=pytest.mark.slow) for method in METHODS]
 )
-def test_resumed_is_identical(method, inputs, tmp_path, monkeypatch, capsys):
+def test_resumed_is_identical(method, inputs, tmp_path, capsys):
     options = METHODS[method]
     prune.run(line(inputs, tmp_path / "whole", *options))
-    with monkeypatch.context() as patch:
-        fail_after(patch, 3)
-        with pytest.raises(KeyboardInterrupt):
-            prune.run(line(inputs, tmp_path / "out", *options))
+    with interrupted_after(3):
+        prune.run(line(inputs, tmp_path / "out", *options))
     said = capsys.readouterr().err
     assert "3 of 5 blocks are kept" in said and "--resume continues from there" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.run", "whole"]
@@ -158,11 +143,9 @@ def test_interrupted_by_the_user(inputs, tmp_path):
 
 
 @pytest.fixture
-def unfinished(inputs, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        fail_after(patch, 3)
-        with pytest.raises(KeyboardInterrupt):
-            prune.run(line(inputs, tmp_path / "out"))
+def unfinished(inputs, tmp_path):
+    with interrupted_after(3):
+        prune.run(line(inputs, tmp_path / "out"))
     return tmp_path / "out"
 
 
@@ -198,13 +181,11 @@ def test_another_option_is_refused(changed, complaint, inputs, unfinished):
     assert (unfinished.with_name("out.run") / "2").exists()
 
 
-def test_another_order_of_training_samples_is_refused(inputs, tmp_path, monkeypatch):
+def test_another_order_of_training_samples_is_refused(inputs, tmp_path):
     """The seed, which is of no importance where ids are given and nothing is trained."""
     trained = ["--reconstruct", "2"]
-    with monkeypatch.context() as patch:
-        fail_after(patch, 1)
-        with pytest.raises(KeyboardInterrupt):
-            prune.run(line(inputs, tmp_path / "out", *trained))
+    with interrupted_after(1):
+        prune.run(line(inputs, tmp_path / "out", *trained))
     with pytest.raises(BarberError, match="--seed was 0"):
         prune.run(line(inputs, tmp_path / "out", *trained, "--seed", "1", "--resume"))
 
