@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
-# Both cores work; a process of its own for each, as compiled programs are cached by process.
+# Test processes: one for each core.
 WORKERS ?= $(shell nproc 2> /dev/null || echo 2)
 
 .PHONY: demo test slow-test lint package clean
@@ -11,10 +11,10 @@ demo: .venv/.installed
 	$(BIN)/python -m barber_jax.eval.demo .demo
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest --numprocesses $(WORKERS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope
 
 slow-test: .venv/.installed-test
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --numprocesses $(WORKERS) --dist loadscope
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .

@@ -6,7 +6,10 @@ import tempfile
 
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 DEVICES = 8
-# Before JAX is imported. Several test processes share the cores, so a computation uses one thread.
+# Before JAX is imported. Test processes share the cores, so a computation uses one thread. Most of the time goes into
+# compiling, so programs are compiled with few optimizations, except where masks are compared with those of the authors'
+# code (`optimized`).
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["XLA_FLAGS"] = (
     f"--xla_force_host_platform_device_count={DEVICES} --xla_cpu_multi_thread_eigen=false "
     + os.environ.get("XLA_FLAGS", "")
@@ -25,6 +28,18 @@ def pytest_configure(config):
 def pytest_unconfigure(config):
     if not hasattr(config, "workerinput"):
         shutil.rmtree(os.environ.pop(CACHE), ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def optimized():
+    """Programs are compiled as users' are, within a module."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -54,7 +54,7 @@ def test_retained_sparsegpt_weights_come_back_from_a_sparse_checkpoint(tmp_path,
         np.testing.assert_array_equal(got[name], np.where(mask, dense[name], 0))
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("opt", marks=pytest.mark.slow)])
 def test_trained_biases_and_norms_come_back_from_a_sparse_checkpoint(family, tmp_path):
     write_model(tmp_path / "dense", **({"attention_bias": True} if family == "llama" else {"family": "opt"}))
     np.save(tmp_path / "ids.npy", np.random.default_rng(1).integers(0, BASE["vocab_size"], (4, 16)))

@@ -98,7 +98,9 @@ def test_stages_on_a_mesh(options, least, mesh, tmp_path):
             assert np.median(np.abs(values - tensors[matrix])) < 1e-4
 
 
-@pytest.mark.parametrize("method", ["wanda", "magnitude", "sparsegpt"])
+@pytest.mark.parametrize(
+    "method", ["wanda", *(pytest.param(m, marks=pytest.mark.slow) for m in ("magnitude", "sparsegpt"))]
+)
 def test_offloaded_activations_change_no_bit(method, tmp_path):
     options = [*RUN, "--method", method, "--batch", "2"]
     here = prune_masks(tmp_path / "here", LLAMA, LLAMA / IDS, *options)

@@ -10,6 +10,8 @@ from cli import ORACLES, prune_masks
 
 from barber_jax.eval.perplexity import PerplexityConfig, evaluate
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 REQUIRED = {"wanda": 0.999, "magnitude": 0.985, "sparsegpt": 0.98}
 FAMILIES = ["llama", "opt"]
 

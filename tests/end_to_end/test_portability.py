@@ -42,7 +42,15 @@ def lower(function, *arguments):
     return exported.out_avals
 
 
-@pytest.fixture(params=[(name, dtype) for name in MODELS for dtype in ("float32", "bfloat16")], ids="-".join)
+@pytest.fixture(
+    params=[
+        ("llama-3-8b", "float32"),
+        ("opt-6.7b", "bfloat16"),
+        pytest.param(("llama-3-8b", "bfloat16"), marks=pytest.mark.slow),
+        pytest.param(("opt-6.7b", "float32"), marks=pytest.mark.slow),
+    ],
+    ids="-".join,
+)
 def model(request):
     name, dtype = request.param
     return build_model(MODELS[name], jnp.dtype(dtype)), jnp.dtype(dtype)

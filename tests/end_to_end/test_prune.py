@@ -56,7 +56,9 @@ def test_command_line_end_to_end(tmp_path):
     assert f"{result['perplexity']:.4f}" in got.stdout
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", *(pytest.param(d, marks=pytest.mark.slow) for d in ("float32", "float16"))]
+)
 def test_export_keeps_dtype_and_shards_and_loads_in_torch(dtype, tmp_path, ids):
     write_model(tmp_path / "dense", dtype=dtype, shard_size=20_000, attention_bias=True)
     out = tmp_path / "out"
@@ -176,7 +178,7 @@ def test_sparsity_is_exact(tmp_path_factory, ckpt, ids, sparsity, method, granul
     assert pruned == wanted
 
 
-@pytest.mark.parametrize("pattern", ["3:4", "4:8", "4:4", "2:16"])
+@pytest.mark.parametrize("pattern", ["2:16", *(pytest.param(p, marks=pytest.mark.slow) for p in ("3:4", "4:8", "4:4"))])
 def test_n_of_m_is_exact(pattern, tmp_path, ckpt, ids):
     keep, of = map(int, pattern.split(":"))
     for method in ("magnitude", "wanda"):
@@ -187,6 +189,7 @@ def test_n_of_m_is_exact(pattern, tmp_path, ckpt, ids):
             assert (mask.reshape(mask.shape[0], -1, of).sum(-1) == keep).all()
 
 
+@pytest.mark.slow
 def test_micro_batch_size_changes_no_mask(tmp_path, ckpt, ids):
     runs = [
         prune_masks(tmp_path / str(batch), ckpt, ids, "--samples", 6, "--length", 16, "--batch", batch, "--alpha", 0.5)

@@ -1,7 +1,9 @@
 """Studies: agreement of masks, tables, grids of settings."""
 
+import importlib
 import json
 import math
+import shlex
 import shutil
 
 import numpy as np
@@ -10,6 +12,7 @@ from cli import ORACLES, command, prune_masks
 
 from barber_jax.config import PruneConfig
 from barber_jax.console.errors import BarberError
+from barber_jax.eval import grid as grid_module
 from barber_jax.eval import study as study_module
 from barber_jax.eval.agreement import agreement
 from barber_jax.eval.grid import prune_arguments, read_grid, run_grid, settings
@@ -122,11 +125,9 @@ def test_runs_that_differ_in_their_seed_alone_are_put_together(folders, tmp_path
 
 
 def refused(*arguments):
-    done = command("eval.study", *arguments)
-    assert (done.returncode, done.stdout) == (2, ""), done.stdout
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ")
-    return line
+    with pytest.raises(BarberError) as error:
+        study_module.run([str(argument) for argument in arguments])
+    return str(error.value)
 
 
 def test_runs_of_different_models(folders, tmp_path):
@@ -161,6 +162,17 @@ sweep:
   - {{method: [wanda, sparsegpt], pattern: 2:4, rebuild: true}}
 perplexity: {{tokens: [{eval_ids}], length: 32, windows: 2}}
 """
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    """The runs of a grid take place in this process: that each has its own is not the point of a test."""
+
+    def run(module, arguments, log):
+        log(f"python -m barber_jax.{module} {shlex.join(arguments)}")
+        importlib.import_module(f"barber_jax.{module}").run(list(arguments))
+
+    monkeypatch.setattr(grid_module, "_run_module", run)
 
 
 @pytest.fixture
@@ -275,8 +287,8 @@ def test_a_preset_in_a_grid_is_the_options_it_stands_for(tmp_path):
     assert len(found) == 4
 
 
-def test_a_grid_gives_what_single_runs_give(grid_file, tmp_path):
-    """Every run is in a process of its own, so few of them here: one for each way to reuse a start."""
+def test_a_grid_gives_what_single_runs_give(one_process, grid_file, tmp_path):
+    """One run for each way to reuse a start."""
     grid = read_grid([grid_file])
     wanted = {
         "method=wanda,alpha=0.3": ["--method", "wanda", "--alpha", 0.3],
@@ -330,7 +342,7 @@ def test_a_grid_gives_what_single_runs_give(grid_file, tmp_path):
         run_grid(grid, str(LLAMA), tmp_path / "out", said.append)
 
 
-def test_a_grid_of_stages_shares_starts_and_gives_what_single_runs_give(tmp_path):
+def test_a_grid_of_stages_shares_starts_and_gives_what_single_runs_give(one_process, tmp_path):
     """To the bit where micro-batches are the same: holding samples apart can make them smaller."""
     path = tmp_path / "grid.yaml"
     path.write_text(f"""
@@ -348,6 +360,17 @@ dense: false
     prune_masks(single, LLAMA, IDS, *QUICK, *options)
     made = next(folder for folder in folders if "reconstruct=3" in folder.name)
     assert (made / "model.safetensors").read_bytes() == (single / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_every_run_of_a_grid_is_a_process_of_its_own(tmp_path):
+    path = tmp_path / "grid.yaml"
+    path.write_text(f"prune: {{calibration: {IDS}, samples: 4, length: 32}}\nsweep: [{{method: magnitude}}]\n")
+    folders = run_grid(read_grid([path]), str(LLAMA), tmp_path / "out", lambda line: None)
+    assert all((folder / "run.json").is_file() for folder in folders)
+    path.write_text(path.read_text().replace(str(IDS), str(tmp_path / "gone.npy")))
+    with pytest.raises(BarberError, match="barber_jax.prune failed"):
+        run_grid(read_grid([path]), str(LLAMA), tmp_path / "elsewhere", lambda line: None)
 
 
 def test_the_grids_that_come_with_the_package():

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from base_contract import Contract, same_counts, zeros_are_the_masks
+from cli import agreement
 
 from barber_jax.stages import STAGES
 
@@ -42,10 +43,8 @@ class StageContract(Contract):
     def test_it_is_in_the_table(self):
         assert STAGES[self.stage].name == self.stage
 
-    @pytest.mark.parametrize("offload", ["--offload-activations"])
-    def test_offloaded_activations_change_nothing_but_rounding(self, pruned, offload):
-        from cli import agreement
-
+    @pytest.mark.slow
+    def test_offloaded_activations_change_nothing_but_rounding(self, pruned):
         _, here = pruned("here", "--batch", 2)
-        _, away = pruned("away", "--batch", 2, offload)
+        _, away = pruned("away", "--batch", 2, "--offload-activations")
         assert agreement(here, away) >= self.mesh_agreement

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cli import masks_of
+from cli import masks_of, prune_masks
 from stage_contract import StageContract
 
 from barber_jax.console.errors import BarberError
@@ -13,11 +13,13 @@ class TestRebuild(StageContract):
     options = ("--alpha", 0.5)
 
 
+@pytest.mark.slow
 class TestRebuildWithAlphaChosen(StageContract):
     stage = "rebuild"
     options = ("--alpha", "auto", "--token-weighting", "norm", "--target", "same")
 
 
+@pytest.mark.slow
 class TestRebuildOfSparseGPT(StageContract):
     stage = "rebuild"
     options = ("--method", "sparsegpt", "--retain-reconstruction", "--alpha", 0.5, "--granularity", "output1")
@@ -28,8 +30,6 @@ class TestRebuildOfSparseGPT(StageContract):
     ("granularity", "axis"), [("output1", 1), ("input1", 0), ("layer", (0, 1)), ("block", None)], ids=str
 )
 def test_every_comparison_group_keeps_its_count(granularity, axis, tiny, tiny_ids, tmp_path):
-    from cli import prune_masks
-
     line = ["--samples", 4, "--length", 16, "--alpha", 0.7, "--granularity", granularity, "--save-start"]
     masks = prune_masks(tmp_path / "out", tiny(), tiny_ids, *line)
     start = masks_of(tmp_path / "out", "start_masks.safetensors")
@@ -47,7 +47,5 @@ def test_every_comparison_group_keeps_its_count(granularity, axis, tiny, tiny_id
 
 
 def test_n_of_m_is_rebuilt_within_outputs_alone(tiny, tiny_ids, tmp_path):
-    from cli import prune_masks
-
     with pytest.raises(BarberError, match="N:M patterns are rebuilt within an output"):
         prune_masks(tmp_path / "out", tiny(), tiny_ids, "--pattern", "2:4", "--granularity", "layer")

@@ -1,5 +1,6 @@
 """Reconstruction as a stage."""
 
+import pytest
 from stage_contract import StageContract
 
 
@@ -9,6 +10,7 @@ class TestReconstruct(StageContract):
     swaps = False
 
 
+@pytest.mark.slow
 class TestEverythingInRounds(StageContract):
     stage = "reconstruct"
     options = ("--alpha", 0.2, "--refine", 3, "--reconstruct", 4, "--reconstruct-batch", 4, "--rounds", 2)

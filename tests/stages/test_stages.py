@@ -1,5 +1,6 @@
 """Token weighting, held-out choices, refinement on other samples and reconstruction, against plain recomputations."""
 
+import itertools
 import json
 
 import jax
@@ -240,8 +241,16 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
-@pytest.mark.parametrize("name", list(RUNS))
+QUICK = [("same", "llama"), ("2:4", "llama"), ("sparsegpt", "llama"), ("all", "opt")]
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow)
+        for case in itertools.product(RUNS, ("llama", "opt"))
+    ],
+)
 def test_what_is_held_out_is_never_worse_and_zeros_are_exact(name, family, inputs, tmp_path):
     record, tensors, masks = pruned(inputs, tmp_path / "out", *RUNS[name], family=family)
     dense = load_file(inputs / family / "model.safetensors")
@@ -341,6 +350,7 @@ def test_bad_options(options, complaint, inputs, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_offloaded_and_smaller_micro_batches_train_alike(inputs, tmp_path):
     options = ("--reconstruct", "8", "--reconstruct-batch", "4", "--alpha", "0.2", "--refine", "5")
     _, whole, masks = pruned(inputs, tmp_path / "whole", *options, "--batch", "4")
