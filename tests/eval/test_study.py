@@ -369,7 +369,7 @@ def test_every_run_of_a_grid_is_a_process_of_its_own(tmp_path):
     folders = run_grid(read_grid([path]), str(LLAMA), tmp_path / "out", lambda line: None)
     assert all((folder / "run.json").is_file() for folder in folders)
     path.write_text(path.read_text().replace(str(IDS), str(tmp_path / "gone.npy")))
-    with pytest.raises(BarberError, match="barber_jax.prune failed"):
+    with pytest.raises(BarberError, match="prune failed"):
         run_grid(read_grid([path]), str(LLAMA), tmp_path / "elsewhere", lambda line: None)
 
 
