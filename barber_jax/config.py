@@ -20,7 +20,7 @@ from barber_jax.criteria.starting import StartOptions
 from barber_jax.data.calibration import CalibrationOptions
 from barber_jax.devices.options import DeviceOptions
 from barber_jax.forward.perplexity import EvaluationOptions
-from barber_jax.masks.pattern import PatternOptions
+from barber_jax.masks.pattern import PatternOptions, SparsityPattern
 from barber_jax.stages import unused_options, validates
 from barber_jax.stages.base import SharedOptions
 from barber_jax.stages.rebuild import RebuildOptions
@@ -34,7 +34,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "best": {"rebuild": False, "token_weighting": "norm", "refine": 10, "reconstruct": 200},
 }
 """Preset -> defaults that it changes."""
-NOT_REPRODUCED = ("overwrite", "resume", "verbose", "compilation_cache", "coordinator", "processes", "process")
+NOT_REPRODUCED = ("out", "overwrite", "resume", "verbose", "compilation_cache", "coordinator", "processes", "process")
 """Options that concern one machine or one attempt; left out of the command line that reproduces a result."""
 
 
@@ -65,8 +65,7 @@ class InputOptions(CalibrationOptions, CheckpointOptions):
     """Checkpoint and calibration data."""
 
     def settle(self) -> None:
-        CheckpointOptions.settle(self)
-        CalibrationOptions.settle(self)
+        self._settle_bases(InputOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +73,7 @@ class SparsityOptions(AllocationOptions, PatternOptions):
     """Sparsity, its pattern and its allocation to blocks."""
 
     def settle(self) -> None:
-        PatternOptions.settle(self)
-        AllocationOptions.settle(self)
+        self._settle_bases(SparsityOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +81,7 @@ class BeyondOptions(SharedOptions, ReconstructOptions, RefineOptions):
     """Stages beyond the paper: mask refinement and weight reconstruction."""
 
     def settle(self) -> None:
-        for group in (RefineOptions, ReconstructOptions, SharedOptions):
-            group.settle(self)
+        self._settle_bases(BeyondOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +185,8 @@ class PruneConfig(
         given = "--masks" if self.masks else "--sparse-ckpt"
         if self.method is None and self.sparsity is not None:
             raise BarberError(f"--sparsity {self.sparsity:g} conflicts with {given}, which fixes the sparsity")
-        if self.retain_reconstruction and not (self.method == "sparsegpt" or self.sparse_ckpt):
+        updated = self.sparse_ckpt or (self.method and CRITERIA[self.method].updates_weights)
+        if self.retain_reconstruction and not updated:
             raise BarberError("--retain-reconstruction needs updated weights: --method sparsegpt or --sparse-ckpt")
 
     def _settle_rebuild(self) -> None:
@@ -229,10 +227,16 @@ class PruneConfig(
         return {**dataclasses.asdict(self), "pattern": str(pattern), "sparsity": pattern.sparsity}
 
     def command_line(self) -> list[str]:
-        """Command-line options that reproduce this configuration, without those that concern one machine or attempt."""
+        """Command-line options that give this configuration again, without --out and those of one machine or attempt."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)} | PRESETS[self.preset]
+        values, pattern = dataclasses.asdict(self), self.pattern or "unstructured"
+        # The same result has the same command line, whether or not a default was spelled out.
+        if self.sparsity == SparsityPattern.parse(pattern, None).sparsity:
+            values["sparsity"] = None
+        if pattern == "unstructured" and not self.masks:
+            values["pattern"] = None
         line = []
-        for option, value in dataclasses.asdict(self).items():
+        for option, value in values.items():
             if option in NOT_REPRODUCED or value == defaults[option]:
                 continue
             if isinstance(value, bool):

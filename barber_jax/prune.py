@@ -21,7 +21,7 @@ from barber_jax.convert.parameters import check_tensors
 from barber_jax.criteria import CRITERIA, allocation
 from barber_jax.criteria.starting import CriterionStart, MaskFileStart, SparseCheckpointStart, Start
 from barber_jax.data.calibration import load_calibration
-from barber_jax.data.windows import cut_windows, evaluation_ids
+from barber_jax.data.windows import cut_windows, default_windows, evaluation_ids
 from barber_jax.devices.hosts import join
 from barber_jax.devices.mesh import Devices, is_primary, require_agreement
 from barber_jax.devices.options import parse_mesh
@@ -174,7 +174,9 @@ def evaluation_windows(config: PruneConfig, checkpoint: Checkpoint, model: Model
     source = {"path": config.eval_text, "dataset": config.eval_dataset, "text_field": config.text_field}
     ids = evaluation_ids(checkpoint.tokenizer, **source)
     name = str(config.eval_text or config.eval_dataset)
-    return cut_windows(ids, config.length, config.eval_windows, name, model.vocabulary)
+    return cut_windows(
+        ids, config.length, config.eval_windows or default_windows(config.eval_dataset), name, model.vocabulary
+    )
 
 
 def measure_perplexity(

@@ -35,6 +35,7 @@ from barber_jax.console.errors import BarberError
 from barber_jax.console.files import writing
 from barber_jax.console.options import flag
 from barber_jax.convert.export import MASKS, RUN, sibling_path
+from barber_jax.criteria import CRITERIA
 from barber_jax.eval.perplexity import PerplexityConfig
 from barber_jax.eval.runs import OTHER_STAGE_OPTIONS, PERPLEXITY_FILE, REBUILD_OPTIONS, ZERO_SHOT_FILE
 from barber_jax.eval.zero_shot import ZeroShotConfig
@@ -201,7 +202,9 @@ def _effective_options(options: Options) -> Options:
     expanded.pop("preset", None)
     switches = {name: str(expanded.get(name, 0)).lower() not in ("0", "false") for name in ("refine", "reconstruct")}
     switches["rebuild"] = str(expanded.get("rebuild", True)).lower() != "false"
-    unused = unused_options(SimpleNamespace(**switches, alpha=expanded.get("alpha"), target="dense"))
+    # Options are still text here; the other switches are compared with nothing but their defaults.
+    defaults = {field.name: field.default for field in fields(PruneConfig)}
+    unused = unused_options(SimpleNamespace(**defaults | switches | {"alpha": expanded.get("alpha")}))
     return {name: value for name, value in expanded.items() if name not in unused}
 
 
@@ -230,7 +233,7 @@ def prune_arguments(setting: Setting, ckpt: str, out: Path) -> list[str]:
     options.pop("pattern", None)  # recorded in the mask file
     start_folder = out / setting.start.name
     arguments += ["--masks", str(start_folder / MASKS)]
-    if config.method == "sparsegpt":
+    if CRITERIA[config.method].updates_weights:
         # SparseGPT also updates the weights.
         arguments += ["--sparse-ckpt", str(start_folder)]
     return arguments + option_arguments(options)

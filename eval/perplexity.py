@@ -18,7 +18,7 @@ from barber_jax.console.progress import Progress
 from barber_jax.convert.checkpoint import open_checkpoint
 from barber_jax.convert.parameters import check_tensors
 from barber_jax.data.calibration import load_ids
-from barber_jax.data.windows import C4_WINDOWS, cut_windows, evaluation_ids
+from barber_jax.data.windows import cut_windows, default_windows, evaluation_ids
 from barber_jax.devices.mesh import Devices, is_primary
 from barber_jax.devices.options import ComputeDtype, parse_mesh
 from barber_jax.devices.settings import set_compilation_cache, set_precision
@@ -90,8 +90,8 @@ def evaluate(config: PerplexityConfig) -> list[dict]:
         sources.append((name, evaluation_ids(checkpoint.tokenizer, dataset=name)))
     texts = []
     for source, ids in sources:
-        limit = C4_WINDOWS if config.windows is None and source == "c4" else config.windows
-        texts.append((source, cut_windows(ids, config.length, limit, source, model.vocabulary)))
+        windows = config.windows or default_windows(source)
+        texts.append((source, cut_windows(ids, config.length, windows, source, model.vocabulary)))
     results = []
     with Progress(silent=not is_primary()) as progress:
         for source, windows in texts:

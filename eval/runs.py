@@ -1,23 +1,22 @@
 """Read the folders that a study compares: run.json, and perplexity and zero-shot results where there are any."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from barber_jax.config import BeyondOptions
 from barber_jax.console.errors import BarberError
 from barber_jax.convert.export import MASKS, RUN, START_MASKS
 from barber_jax.eval.perplexity import read_results
 from barber_jax.reports.run_record import ALLOCATION, load_record
+from barber_jax.stages.rebuild import RebuildOptions
 
 PERPLEXITY_FILE, ZERO_SHOT_FILE = "perplexity.json", "zero_shot.json"
 """Results that eval.perplexity and eval.zero_shot wrote with --json, in the same folder as run.json."""
-REBUILD_OPTIONS = ("granularity", "alpha", "metric", "retain_reconstruction")
-"""Options without effect under --no-rebuild."""
-OTHER_STAGE_OPTIONS = (
-    *("token_weighting", "target", "rounds", "refine"),
-    *("reconstruct", "reconstruct_rate", "reconstruct_batch", "reconstruct_scope"),
-)
-"""Options of the stages besides the rebuild, and options that all stages share."""
+REBUILD_OPTIONS = tuple(field.name for field in fields(RebuildOptions) if field.name != "rebuild")
+"""Options that only the rebuild uses."""
+OTHER_STAGE_OPTIONS = tuple(field.name for field in fields(BeyondOptions))
+"""Options of the other stages."""
 
 
 @dataclass

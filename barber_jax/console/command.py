@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import re
 from collections.abc import Mapping
@@ -58,15 +59,22 @@ def parse_groups(
     Raises:
         BarberError, SystemExit: as `parse`.
     """
-    fields = []
-    for heading, group in groups.items():
-        changed = {field.name for field in dataclasses.fields(group)} & (defaults or {}).keys()
-        default = group(**{name: defaults[name] for name in changed}) if changed else dataclasses.MISSING
+    combined = _combine(command, tuple(groups.items()), tuple(sorted((defaults or {}).items())))
+    parsed = parse(tyro.conf.OmitArgPrefixes[combined], program, arguments)
+    return {name: value for heading in groups for name, value in vars(getattr(parsed, heading)).items()}
+
+
+@functools.cache
+def _combine(command: type, groups: tuple[tuple[str, type], ...], defaults: tuple[tuple[str, Any], ...]) -> type:
+    """Make a dataclass with a field for each group. Cached because tyro takes long to examine a new class."""
+    overrides, fields = dict(defaults), []
+    for heading, group in groups:
+        changed = {field.name for field in dataclasses.fields(group)} & overrides.keys()
+        default = group(**{name: overrides[name] for name in changed}) if changed else dataclasses.MISSING
         fields.append((heading, group, dataclasses.field(default=default)))
     combined = dataclasses.make_dataclass(command.__name__, fields, frozen=True, kw_only=True)
     combined.__doc__ = (command.__doc__ or "").partition("\n\n")[0]
-    parsed = parse(tyro.conf.OmitArgPrefixes[combined], program, arguments)
-    return {name: value for heading in groups for name, value in vars(getattr(parsed, heading)).items()}
+    return combined
 
 
 def _error_message(box: str) -> str:

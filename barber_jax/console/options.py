@@ -20,6 +20,11 @@ class OptionGroup:
     def settle(self) -> None:
         """Fill in defaults that depend on other options; raise `BarberError` for an invalid value."""
 
+    def _settle_bases(self, group: type["OptionGroup"]) -> None:
+        """Settle the groups that `group` puts together, in the order in which their options are shown."""
+        for base in reversed(group.__bases__):
+            base.settle(self)
+
     def _set(self, option: str, value: Any) -> None:
         """Set an option although the dataclass is frozen. To be called from `settle` only."""
         object.__setattr__(self, option, value)

@@ -42,6 +42,7 @@ class Criterion:
             for all linears that read the same input; `say` prints a line. None to use the statistic unchanged.
         quota: (shape [O, I], fraction to prune) -> quota. Computed on the host in Python floats, because float32
             products could round differently.
+        updates_weights: whether `start` returns updated kernels.
         granularity, alpha: published defaults of the rebuild after this criterion.
     """
 
@@ -49,5 +50,6 @@ class Criterion:
     start: Callable[[jax.Array, Any, int, SparsityPattern, Quota], tuple[jax.Array, jax.Array | None]]
     prepare: Callable[[jax.Array, int, str, Callable[[str], None]], Any] | None = None
     quota: Callable[[tuple[int, int], float], Quota] = quota_per_output
+    updates_weights: bool = False
     granularity: str = "output1"
     alpha: float = 0.01

@@ -189,4 +189,6 @@ def _select(score: jax.Array, pattern: SparsityPattern, count: jax.Array | None)
     return selection.lowest_with_ties(score, count)
 
 
-CRITERION = Criterion(statistic=statistic, start=start, prepare=prepare, quota=quota, granularity="layer", alpha=0.1)
+CRITERION = Criterion(
+    statistic=statistic, start=start, prepare=prepare, quota=quota, updates_weights=True, granularity="layer", alpha=0.1
+)

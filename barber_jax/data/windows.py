@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 C4_DOCUMENTS, C4_WINDOWS = 1100, 256
 
 
+def default_windows(source: str | None) -> int | None:
+    """How many windows of a text are used where none are asked for: 256 of c4, all (None) of any other."""
+    return C4_WINDOWS if source == "c4" else None
+
+
 def evaluation_ids(
     tokenizer: Callable[[], "PreTrainedTokenizerBase"],
     *,

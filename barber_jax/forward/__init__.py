@@ -11,7 +11,6 @@ May import: console, masks, models, data, convert, devices.
 | `resident` | a whole model in device memory: log-likelihoods and generation |
 """
 
-from barber_jax.forward.perplexity import perplexity
 from barber_jax.forward.streams import Stream, Streams
 
-__all__ = ["Stream", "Streams", "perplexity"]
+__all__ = ["Stream", "Streams"]

@@ -52,7 +52,7 @@ def model_card(name: str, record: Mapping[str, Any], command: Sequence[str], sou
         f"({record['options']['pattern']}) by [barber_jax](https://arxiv.org/abs/2408.10631) "
         f"{record['versions']['barber_jax']}. {_method(record['options'])}",
         _results_table(record),
-        "```sh\npython -m barber_jax.prune " + shlex.join(command) + "\n```",
+        "```sh\npython -m barber_jax.prune " + shlex.join([*command, "--out", name]) + "\n```",
         "## Use\n\n"
         "```python\n"
         "from transformers import AutoModelForCausalLM\n\n"

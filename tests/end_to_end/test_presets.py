@@ -1,6 +1,9 @@
 """Presets and the options they stand for; what `--help` shows."""
 
+import dataclasses
+import inspect
 import json
+import re
 
 import pytest
 from cli import command, interrupted_after, prune_masks
@@ -92,25 +95,24 @@ def test_the_command_line_of_a_configuration_gives_it_again():
         {"method": "sparsegpt", "retain_reconstruction": True, "alpha": 0.5, "offload_activations": True},
         {"preset": "mask", "rebuild": True, "alpha": "auto"},
     ):
-        config = PruneConfig(**{**GIVEN, "out": "out"}, **options)
-        again = PruneConfig.parse("barber_jax.prune", config.command_line())
-        assert {**again.as_dict(), "out": "out"} == config.as_dict()
+        config = PruneConfig(**GIVEN, **options)
+        again = PruneConfig.parse("barber_jax.prune", [*config.command_line(), "--out", "out"])
+        assert again.as_dict() == config.as_dict()
+    spelled_out = PruneConfig(**GIVEN, sparsity=0.5, pattern="unstructured", method="wanda", alpha=0.01)
+    assert spelled_out.command_line() == PruneConfig(**GIVEN).command_line()
 
 
 def test_help_groups_options_and_says_each_in_one_line(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
         PruneConfig.parse("barber_jax.prune", ["--help"])
     shown = capsys.readouterr().out
     for heading in ("preset", "input", "pattern", "start", "rebuild", "beyond-the-paper", "devices", "files"):
-        assert f"─ {heading} options ─" in shown
-    lines = [line.strip("│ ").rstrip() for line in shown.splitlines()]
-    for name in PruneConfig.__dataclass_fields__:
-        flag = f"--{name.replace('_', '-')}"
-        (place,) = [i for i, line in enumerate(lines) if line.replace(",", " ").split()[:1] in ([flag], ["-v"])
-                    and (line.startswith(flag) or name == "verbose")]  # fmt: skip
-        text = [line for line in lines[place : place + 2] if "default" in line or "required" in line]
-        assert text, f"{flag}: its help takes more than a line"
+        assert f" {heading} options " in shown
+    sources = "".join(inspect.getsource(each) for each in PruneConfig.__mro__ if dataclasses.is_dataclass(each))
+    for name in (field.name for field in dataclasses.fields(PruneConfig)):
+        assert f"--{name.replace('_', '-')}" in shown
+        assert re.search(rf'\n    {name}: [^\n]*\n    """[^\n]+"""\n', sources), f"{name}: not said in one line"
 
 
 def test_best_shows_its_own_defaults():

@@ -139,6 +139,7 @@ def test_evaluation_inside_prune_equals_the_evaluator(tmp_path, capsys):
     text.write_text(" ".join(f"w{i}" for i in np.random.default_rng(0).integers(0, 320, 500)))
     options = ["--samples", 8, "--length", 32, "--eval-text", text, "--eval-windows", 10]
     prune_masks(tmp_path / "out", source, text, *options)
+    said = capsys.readouterr().err.splitlines()
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     for key, folder in (("perplexity", tmp_path / "out"), ("dense_perplexity", source)):
         outside = evaluate(PerplexityConfig(str(folder), length=32, text=(text,), windows=10))[0]
@@ -146,7 +147,6 @@ def test_evaluation_inside_prune_equals_the_evaluator(tmp_path, capsys):
         assert record[key]["windows"] == 10 and record[key]["source"] == str(text)
     # Side by side in the last line, in the report's headline and on the model card.
     dense, pruned = (record[key]["perplexity"] for key in ("dense_perplexity", "perplexity"))
-    said = capsys.readouterr().err.splitlines()
     assert f"perplexity dense {dense:.4f}, pruned {pruned:.4f}" in said[-1]
     assert any("dense model" in line for line in said[:-1])
     assert f"<b>{dense:.2f} → {pruned:.2f}</b>" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")

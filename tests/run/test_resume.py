@@ -62,7 +62,11 @@ def figures(out: Path):
     # The report shows what run.json holds, times too.
     told = ("run.json", "report.html", "README.md")
     files = {path.name: path.read_bytes() for path in out.iterdir() if path.name not in told}
-    files["README.md"] = (out / "README.md").read_text().replace(out.name, "NAME")
+    card = (out / "README.md").read_text()
+    for place in ("# {}\n", '"{}"', '"{}/', "--out {}\n"):
+        assert place.format(out.name) in card
+        card = card.replace(place.format(out.name), place)
+    files["README.md"] = card
     return record, files
 
 
