@@ -227,7 +227,7 @@ class PruneConfig(
         return {**dataclasses.asdict(self), "pattern": str(pattern), "sparsity": pattern.sparsity}
 
     def command_line(self) -> list[str]:
-        """Command-line options that give this configuration again, without --out and those of one machine or attempt."""
+        """Options that give this configuration again on the command line, without --out and those of one machine."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)} | PRESETS[self.preset]
         values, pattern = dataclasses.asdict(self), self.pattern or "unstructured"
         # The same result has the same command line, whether or not a default was spelled out.
