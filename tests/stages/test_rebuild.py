@@ -49,3 +49,16 @@ def test_every_comparison_group_keeps_its_count(granularity, axis, tiny, tiny_id
 def test_n_of_m_is_rebuilt_within_outputs_alone(tiny, tiny_ids, tmp_path):
     with pytest.raises(BarberError, match="N:M patterns are rebuilt within an output"):
         prune_masks(tmp_path / "out", tiny(), tiny_ids, "--pattern", "2:4", "--granularity", "layer")
+
+
+def test_a_second_round_rebuilds_what_the_first_one_left(tiny, tiny_ids, tmp_path):
+    """Of the first sub-block, whose inputs never change: as two runs, the second from the masks of the first."""
+    common = ["--samples", 4, "--length", 16, "--alpha", 0.5, "--granularity", "output1"]
+    once = prune_masks(tmp_path / "once", tiny(), tiny_ids, *common, "--method", "sparsegpt")
+    given = ["--masks", tmp_path / "once" / "masks.safetensors"]
+    again = prune_masks(tmp_path / "again", tiny(), tiny_ids, *common, *given)
+    twice = prune_masks(tmp_path / "twice", tiny(), tiny_ids, *common, "--method", "sparsegpt", "--rounds", 2)
+    first = [name for name in once if "layers.0.self_attn" in name]
+    for name in first:
+        np.testing.assert_array_equal(twice[name], again[name], err_msg=name)
+    assert any((once[name] != twice[name]).any() for name in first)
