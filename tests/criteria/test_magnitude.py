@@ -13,7 +13,8 @@ class TestMagnitude(CriterionContract):
 
 
 def test_the_lowest_of_the_whole_matrix_are_pruned(tiny, tiny_ids, tmp_path):
-    masks = prune_masks(tmp_path / "out", tiny(), tiny_ids, "--method", "magnitude", "--no-rebuild", "--sparsity", 0.3)
+    options = ["--method", "magnitude", "--no-rebuild", "--sparsity", 0.3, "--length", 16]
+    masks = prune_masks(tmp_path / "out", tiny(), tiny_ids, *options)
     tensors = load_file(tiny() / "model.safetensors")
     for name, mask in masks.items():
         order = np.argsort(np.abs(tensors[name]), axis=None, kind="stable")
