@@ -16,7 +16,6 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from barber_jax.convert.checkpoint import open_checkpoint
-from barber_jax.convert.torch_masks import check_masks
 from barber_jax.eval.perplexity import PerplexityConfig, evaluate
 from barber_jax.forward import dense as forward
 from barber_jax.models import build_model
@@ -78,6 +77,8 @@ def test_export_keeps_dtype_and_shards_and_loads_in_torch(dtype, tmp_path, ids):
                 after[name].view(np.uint8), np.where(kept, tensor, 0).astype(tensor.dtype).view(np.uint8)
             )
     torch = pytest.importorskip("torch")
+    from barber_jax.convert.torch_masks import check_masks
+
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     assert check_masks(model, out / "masks.safetensors").ok
     tokens = np.load(ids)[None, :2, :16].astype(np.int32)

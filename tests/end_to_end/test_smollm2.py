@@ -14,7 +14,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
+from checkpoints import torch
 from cli import ORACLES
 
 from barber_jax.config import PruneConfig
