@@ -63,7 +63,7 @@ def _load_model(spec: str) -> "transformers.PreTrainedModel":
     import transformers
 
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(spec, dtype="auto")
+        return transformers.AutoModelForCausalLM.from_pretrained(spec, dtype="auto", trust_remote_code=False)
     except Exception as error:  # transformers passes on exceptions of its file readers, of many types
         raise BarberError(f"--model {spec}: cannot load it: {str(error) or type(error).__name__}") from error
 
@@ -76,7 +76,7 @@ def _save(spec: str, model: "transformers.PreTrainedModel", out: Path) -> None:
     except Exception as error:  # safetensors raises its own type, not OSError, for disk errors
         raise BarberError(f"--out {out}: cannot save the model: {error}") from error
     try:
-        transformers.AutoTokenizer.from_pretrained(spec).save_pretrained(out)
+        transformers.AutoTokenizer.from_pretrained(spec, trust_remote_code=False).save_pretrained(out)
     except (OSError, ValueError):
         print(f"{spec} has no tokenizer that transformers can load; only the model was saved to {out}")
 

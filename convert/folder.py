@@ -61,7 +61,7 @@ class ModelFolder(Checkpoint):
         if not any((self.folder / file).is_file() for file in TOKENIZER_FILES):
             raise BarberError(f"{self.location}: no tokenizer there; put its files there or give token ids (.npy)")
         try:
-            return AutoTokenizer.from_pretrained(self.folder)
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         except Exception as error:
             # transformers raises many types for a missing or broken tokenizer; the message is the same for all of them.
             cause = str(error).strip().split("\n")[0]

@@ -19,12 +19,12 @@ def some(values, *quick):
 
 
 class Contract:
-    """Base test; a subclass says what it is of.
+    """Base test of one criterion or stage.
 
     Attributes:
-        options: command-line options that turn the thing under test on, and what else is not it off.
-        mesh_agreement: fraction of the weights on which masks on a mesh agree with one device's, at least: rounding
-            differs, and what follows may amplify it.
+        options: command-line options that turn the criterion or stage on, and the default stages off.
+        mesh_agreement: least fraction of weights on which masks of a mesh and of one device agree: rounding differs,
+            and later blocks amplify the difference.
     """
 
     options: tuple = ()

@@ -125,6 +125,7 @@ def broadcast_from_primary(compute: Callable[[], Value]) -> Value:
     """Call `compute` on the primary process only and return its result on every process."""
     if jax.process_count() == 1:
         return compute()
+    # Pickled by process 0 of this very run and sent over JAX's own connections; nothing from a file or a user.
     content = np.frombuffer(pickle.dumps(compute()) if is_primary() else b"", np.uint8)
     # The size in bytes may exceed int32, and without 64-bit types int64 is not available: GiB and remainder.
     size = np.asarray(divmod(content.size, 2**30), np.int32)

@@ -11,15 +11,13 @@ import jax
 
 from barber_jax.console.options import OptionGroup
 from barber_jax.console.progress import Stopwatch
+from barber_jax.criteria.starting import BlockMasks
 from barber_jax.forward.passes import Parameters
 from barber_jax.forward.streams import Stream, Streams
 from barber_jax.models.decoder import BlockDefinition, SubBlock
 from barber_jax.stages.loss import TokenWeighting, loss
 from barber_jax.stages.targets import Target
 from barber_jax.stages.weights import surviving_weights
-
-BlockMasks = dict[str, jax.Array]
-"""Kernel path -> bool [out, in], True = kept."""
 
 INT32_MAX = 2**31 - 1
 """Swaps and steps are counted in int32."""
