@@ -25,7 +25,7 @@ from barber_jax.data.windows import cut_windows, default_windows, evaluation_ids
 from barber_jax.devices.hosts import join
 from barber_jax.devices.mesh import Devices, is_primary, require_agreement
 from barber_jax.devices.options import parse_mesh
-from barber_jax.devices.settings import set_compilation_cache
+from barber_jax.devices.settings import prepare_jax
 from barber_jax.forward import passes
 from barber_jax.forward.perplexity import perplexity
 from barber_jax.masks.mask_file import read_masks
@@ -57,8 +57,7 @@ def prune(config: PruneConfig) -> dict:
     sparse = open_checkpoint(config.sparse_ckpt) if config.sparse_ckpt else None
     model = build_model(checkpoint.config, jnp.dtype(config.compute_dtype))
     devices = Devices.of(parse_mesh(config.mesh))
-    # GPUs and TPUs round the inputs of a float32 product to fewer bits by default.
-    with contextlib.ExitStack() as stack, jax.default_matmul_precision("highest"):
+    with contextlib.ExitStack() as stack, jax.default_matmul_precision(config.matmul_precision):
         progress = stack.enter_context(Progress(config.verbose, silent=not is_primary()))
         check_inputs(config, checkpoint, model, devices)
         start, config, sparsity = open_start(config, checkpoint, sparse, model, devices, progress)
@@ -252,7 +251,7 @@ def try_report(folder: Path, out: Path, progress: Progress) -> None:
 def run(arguments: list[str] | None = None) -> None:
     """Run the command with command-line arguments (default sys.argv)."""
     config = PruneConfig.parse("barber_jax.prune", arguments)
-    set_compilation_cache(config.compilation_cache)
+    prepare_jax(config.compilation_cache, config.matmul_precision)
     join(config.coordinator, config.processes, config.process)
     prune(config)
 

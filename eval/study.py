@@ -12,6 +12,7 @@ from rich.console import Console
 from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.files import writing
+from barber_jax.eval import device_page
 from barber_jax.eval.agreement import agreement, incomparable_reason
 from barber_jax.eval.grid import read_grid, run_grid
 from barber_jax.eval.runs import Run, load_runs
@@ -27,7 +28,8 @@ class StudyConfig:
     """Compare runs of barber_jax.prune, or prune with a grid of settings and compare the results."""
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    """Folders that barber_jax.prune wrote; perplexity.json and zero_shot.json in them are read too."""
+    """Folders that barber_jax.prune wrote; perplexity.json and zero_shot.json in them are read too. Or folders that
+    barber_jax.eval.device_check wrote."""
     out: Path = Path("study")
     """Folder to write study.md, study.json and study.html to; with --grid also the runs."""
     grid: tuple[Path, ...] = ()
@@ -44,7 +46,7 @@ class StudyConfig:
             raise BarberError("nothing to compare; give folders of runs, or --grid FILE --ckpt CHECKPOINT")
 
 
-def as_json(runs: list[Run], pairs: Pairs) -> dict:
+def as_json(runs: list[Run], pairs: Pairs, checks: device_page.Checks) -> dict:
     """Content of study.json."""
     described = [
         {
@@ -67,15 +69,17 @@ def as_json(runs: list[Run], pairs: Pairs) -> dict:
         }
         for one, other, pruned, swapped in pairs
     ]
-    return {"format": "barber_jax.study", "version": 1, "runs": described, "agreement": compared}
+    study = {"format": "barber_jax.study", "version": 1, "runs": described, "agreement": compared}
+    return study | ({"device_checks": dict(checks)} if checks else {})
 
 
-def study(runs: list[Run], out: Path, compare: str = "auto") -> str:
-    """Compare runs and write study.md, study.json and study.html.
+def study(runs: list[Run], out: Path, compare: str = "auto", checks: device_page.Checks | None = None) -> str:
+    """Compare runs and device checks, and write study.md, study.json and study.html.
 
     Args:
         out: folder to write to.
         compare: whether to compare masks, see `StudyConfig.agreement`.
+        checks: name and content of device checks.
 
     Returns:
         the content of study.md.
@@ -86,29 +90,34 @@ def study(runs: list[Run], out: Path, compare: str = "auto") -> str:
     """
     from barber_jax.reports.page import page
 
-    # With "require", `agreement` raises if the masks cannot be compared.
-    reason = {
-        "auto": incomparable_reason(runs),
-        "require": None,
-        "skip": "masks were not compared (--agreement skip)",
-    }[compare]
-    pairs = [] if reason else agreement(runs)
-    table, seeds = runs_table(runs), seeds_table(runs)
-    text = markdown(*table)
-    if seeds:
-        text += "\nOver seeds, mean ± standard deviation:\n\n" + markdown(*seeds)
-    if len(pairs) > MAX_PRINTED_PAIRS:
-        text += f"\nAgreement of masks: {len(pairs)} pairs, see study.html and study.json\n"
-    elif pairs:
-        text += "\nAgreement of masks (Jaccard index):\n\n" + markdown(*agreement_table(pairs))
-    else:
-        text += f"\n{reason}\n"
-    html = page("barber_jax study", page_parts(runs, table, seeds, pairs, agreement_table(pairs), reason))
+    text, parts, pairs, checks = "", [], [], checks or []
+    if runs:
+        # With "require", `agreement` raises if the masks cannot be compared.
+        reason = {
+            "auto": incomparable_reason(runs),
+            "require": None,
+            "skip": "masks were not compared (--agreement skip)",
+        }[compare]
+        pairs = [] if reason else agreement(runs)
+        table, seeds = runs_table(runs), seeds_table(runs)
+        text = markdown(*table)
+        if seeds:
+            text += "\nOver seeds, mean ± standard deviation:\n\n" + markdown(*seeds)
+        if len(pairs) > MAX_PRINTED_PAIRS:
+            text += f"\nAgreement of masks: {len(pairs)} pairs, see study.html and study.json\n"
+        elif pairs:
+            text += "\nAgreement of masks (Jaccard index):\n\n" + markdown(*agreement_table(pairs))
+        else:
+            text += f"\n{reason}\n"
+        parts += page_parts(runs, table, seeds, pairs, agreement_table(pairs), reason)
+    if checks:
+        text += device_page.markdown_page(checks)
+        parts += device_page.page_parts(checks)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         (out / "study.md").write_text(text, encoding="utf-8")
-        (out / "study.json").write_text(json.dumps(as_json(runs, pairs), indent=1) + "\n", encoding="utf-8")
-        (out / "study.html").write_text(html, encoding="utf-8")
+        (out / "study.json").write_text(json.dumps(as_json(runs, pairs, checks), indent=1) + "\n", encoding="utf-8")
+        (out / "study.html").write_text(page("barber_jax study", parts), encoding="utf-8")
     return text
 
 
@@ -120,7 +129,10 @@ def run(arguments: list[str] | None = None) -> None:
     if config.grid:
         console = Console(stderr=True, highlight=False, soft_wrap=True)
         folders += run_grid(read_grid(list(config.grid)), config.ckpt, out, console.print)
-    print(study(load_runs(folders), out, config.agreement))
+    checked = [folder for folder in map(Path.expanduser, folders) if (folder / device_page.CHECK_FILE).is_file()]
+    checks = device_page.read_checks(checked)
+    runs = load_runs([folder for folder in folders if folder.expanduser() not in checked])
+    print(study(runs, out, config.agreement, checks))
     print(f"{out / 'study.html'}, study.md, study.json")
 
 

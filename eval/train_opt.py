@@ -34,7 +34,7 @@ from barber_jax.convert.parameters import to_hf
 from barber_jax.convert.safetensors_writer import SafetensorsWriter
 from barber_jax.data.text import read_documents, tokenize
 from barber_jax.data.windows import cut_windows
-from barber_jax.devices.settings import set_compilation_cache, set_precision
+from barber_jax.devices.settings import prepare_jax
 from barber_jax.eval.demo import PROSE, fetch, split_prose
 from barber_jax.forward.passes import Parameters
 from barber_jax.forward.perplexity import perplexity
@@ -284,8 +284,7 @@ def write_checkpoint(out: Path, config: dict, tensors: dict[str, np.ndarray], to
 def run(arguments: list[str] | None = None) -> None:
     """Command line: train, write the checkpoint, print training losses and held-out perplexity."""
     config = parse(TrainConfig, "barber_jax.eval.train_opt", arguments)
-    set_precision()
-    set_compilation_cache(None)
+    prepare_jax()
     start = time.monotonic()
     text, held_out = read_prose(config)
     tokenizer = make_tokenizer(text, config.vocabulary, config.length)

@@ -18,7 +18,7 @@ from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.extras import needs
 from barber_jax.console.files import writing
 from barber_jax.devices.options import ComputeDtype
-from barber_jax.devices.settings import set_compilation_cache, set_precision
+from barber_jax.devices.settings import prepare_jax
 
 TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 
@@ -140,8 +140,7 @@ def run(arguments: list[str] | None = None) -> None:
         raise BarberError(
             f"--json {config.json} is a folder or its folder does not exist; name a file in an existing one"
         )
-    set_precision()
-    set_compilation_cache(None)
+    prepare_jax()
     record = evaluate(config)
     Console().print(table(record))
     if config.json is not None:

@@ -11,6 +11,6 @@ May import: console, models.
 """
 
 from barber_jax.devices.mesh import Devices, is_primary
-from barber_jax.devices.settings import set_compilation_cache, set_precision
+from barber_jax.devices.settings import prepare_jax, set_precision
 
-__all__ = ["Devices", "is_primary", "set_compilation_cache", "set_precision"]
+__all__ = ["Devices", "is_primary", "prepare_jax", "set_precision"]

@@ -1,7 +1,9 @@
-"""JAX settings that a command makes before it computes: float32 matmul precision and the compilation cache."""
+"""JAX settings that a command makes before it computes: determinism on GPUs, float32 matmul precision and the
+compilation cache."""
 
 import contextlib
 import hashlib
+import importlib.metadata
 import os
 import platform
 from pathlib import Path
@@ -9,11 +11,42 @@ from pathlib import Path
 import jax
 
 from barber_jax.console.errors import BarberError
+from barber_jax.devices.options import MatmulPrecision
 
 
-def set_precision() -> None:
-    """Make float32 matmuls use full float32 precision: by default GPUs and TPUs round their inputs to fewer bits."""
-    jax.config.update("jax_default_matmul_precision", "highest")
+def prepare_jax(compilation_cache: str | None = None, precision: MatmulPrecision = "highest") -> None:
+    """Make all settings of this module; for commands, before anything is computed.
+
+    Args:
+        compilation_cache: see `set_compilation_cache`.
+        precision: see `set_precision`.
+
+    Raises:
+        BarberError: as `set_compilation_cache`.
+    """
+    set_gpu_determinism()
+    set_precision(precision)
+    set_compilation_cache(compilation_cache)
+
+
+GPU_FLAGS = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_enable_triton_gemm=false")
+"""Flags of XLA. By default it times several kernels for every matrix product and takes the fastest, so that two runs
+may round differently, and compiling takes minutes; with cuBLAS alone there is nothing to choose."""
+
+
+def set_gpu_determinism() -> None:
+    """Where JAX can use a GPU, make programs give the same to the bit in every run. A flag that XLA_FLAGS already holds
+    stays as it is. Without effect once JAX has used a device."""
+    plugins = importlib.metadata.entry_points(group="jax_plugins").names
+    if any("cuda" in name or "rocm" in name for name in plugins):
+        given = os.environ.get("XLA_FLAGS", "")
+        missing = [flag for flag in GPU_FLAGS if flag.partition("=")[0] not in given]
+        os.environ["XLA_FLAGS"] = " ".join([*missing, given]).strip()
+
+
+def set_precision(precision: MatmulPrecision = "highest") -> None:
+    """Set the precision of float32 matrix products; JAX's own default rounds their inputs on GPUs and TPUs."""
+    jax.config.update("jax_default_matmul_precision", precision)
 
 
 def set_compilation_cache(place: str | None) -> None:

@@ -17,7 +17,8 @@ from barber_jax.convert.checkpoint import Checkpoint
 from barber_jax.convert.parameters import read_parameters
 from barber_jax.devices.mesh import Devices
 from barber_jax.forward.passes import Parameters
-from barber_jax.models.decoder import BlockDefinition, BlockKVCache, Definition
+from barber_jax.models.attention import BlockKVCache
+from barber_jax.models.decoder import BlockDefinition, Definition
 from barber_jax.models.family import Model
 from barber_jax.models.sharding import DATA, constrain, parameter_axes
 

@@ -5,7 +5,8 @@ May import: console.
 | module | what it holds |
 |---|---|
 | `llama`, `mistral`, `qwen`, `opt` | one family each |
-| `decoder`, `rope` | shared by all families: block interface, attention, rotary embedding |
+| `decoder`, `rope` | shared by all families: block interface, rotary embedding |
+| `attention` | shared by all families: attention, by platform |
 | `family` | `Model`, the description of an architecture for the rest of the program; reading of config.json |
 | `sharding` | how a block's arrays are sharded over a mesh |
 """

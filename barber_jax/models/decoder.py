@@ -1,4 +1,4 @@
-"""Parts shared by all decoder families: the block interface, attention, activations, and blocks as pure functions.
+"""Parts shared by all decoder families: the block interface, activations, and blocks as pure functions.
 
 Axis letters: S samples, L tokens, D hidden, F intermediate, H heads, K key-value heads, E head size.
 """
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
+
+from barber_jax.models.attention import BlockKVCache
 
 Tap = Callable[[str, jax.Array], None]
 """Called with the name and value of an activation right before prunable linears read it."""
@@ -23,33 +24,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
-
-
-@dataclass
-class BlockKVCache:
-    """Key-value cache of one block's attention, for generation token by token.
-
-    Attributes:
-        position: int32 [S], position of the new token of each sequence; None while whole prompts are processed.
-        keys, values: [S, T, K, E], with room for T positions; set by the attention that is given the cache.
-    """
-
-    position: jax.Array | None = None
-    keys: jax.Array | None = None
-    values: jax.Array | None = None
-
-    def update(self, keys: jax.Array, values: jax.Array) -> None:
-        """Store the keys and values of whole prompts [S, L, K, E], or of one new token per sequence [S, 1, K, E]."""
-        if self.position is None:
-            self.keys, self.values = keys, values
-        else:
-            rows = jnp.arange(len(self.position))
-            self.keys = self.keys.at[rows, self.position].set(keys[:, 0])
-            self.values = self.values.at[rows, self.position].set(values[:, 0])
-
-
-MIN_CHUNK, MAX_CHUNKS = 128, 16
-"""Attention processes queries in chunks of at least MIN_CHUNK, and at most MAX_CHUNKS chunks per sequence."""
 
 
 @dataclass(frozen=True)
@@ -187,68 +161,6 @@ def layer_norm(size: int, affine: bool, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(
         size, epsilon=1e-5, dtype=dtype, use_bias=affine, use_scale=affine, use_fast_variance=False, rngs=rngs
     )
-
-
-def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, window: int | None = None, cache: BlockKVCache | None = None
-) -> jax.Array:
-    """Causal scaled dot-product attention with a float32 softmax.
-
-    Queries are processed in chunks, each against only the keys that it can see: about half the multiplications of the
-    full score matrix, and scores that fit in a CPU's cache.
-
-    Args:
-        q: [S, L, H, E]. k, v: [S, L, K, E], H a multiple of K.
-        scale: factor on the scores.
-        window: number of latest positions that a query sees, including its own; None for all.
-        cache: stores k and v; during generation (L = 1), the query also sees the earlier positions in it.
-
-    Returns:
-        [S, L, H * E].
-    """
-    samples, length, heads, size = q.shape
-    if cache is not None:
-        cache.update(k, v)
-        if cache.position is not None:
-            return _attend_to_cache(q, cache, scale, window)
-    groups = k.shape[2]
-    # [S, K, G, L, E]: the G query heads that share a key-value head become one matrix against it.
-    q = q.reshape(samples, length, groups, heads // groups, size).transpose(0, 2, 3, 1, 4)
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    chunk = max(MIN_CHUNK, -(-length // MAX_CHUNKS))
-    parts = []
-    for first in range(0, length, chunk):
-        last = min(first + chunk, length)
-        oldest = 0 if window is None else max(0, first - window + 1)
-        parts.append(_attend_chunk(q[..., first:last, :], k[:, :, oldest:last], v[:, :, oldest:last], scale, window))
-    return jnp.concatenate(parts, axis=3).transpose(0, 3, 1, 2, 4).reshape(samples, length, -1)
-
-
-def _attend_chunk(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, window: int | None) -> jax.Array:
-    """Attention of Q queries at the last of T positions: q [S, K, G, Q, E], k and v [S, K, T, E] -> [S, K, G, Q, E]."""
-    samples, groups, shared, queries, size = q.shape
-    keys = k.shape[2]
-    batched = ((0, 1), (0, 1))
-    rows = q.reshape(samples, groups, shared * queries, size)
-    scores = lax.dot_general(rows, k, (((3,), (3,)), batched), preferred_element_type=jnp.float32) * scale
-    scores = scores.reshape(samples, groups, shared, queries, keys)
-    distance = jnp.arange(keys - queries, keys)[:, None] - jnp.arange(keys)[None, :]
-    visible = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1).astype(v.dtype)
-    mixed = lax.dot_general(weights.reshape(*rows.shape[:3], keys), v, (((3,), (2,)), batched))
-    return mixed.reshape(q.shape)
-
-
-def _attend_to_cache(q: jax.Array, cache: BlockKVCache, scale: float, window: int | None) -> jax.Array:
-    """Attention of one new token per sequence, q [S, 1, H, E], to all positions in the cache -> [S, 1, H * E]."""
-    samples, _, heads, size = q.shape
-    keys, values = cache.keys.transpose(0, 2, 1, 3), cache.values.transpose(0, 2, 1, 3)
-    grouped = q.reshape(samples, keys.shape[1], -1, size)
-    scores = jnp.einsum("skgd,sktd->skgt", grouped, keys, preferred_element_type=jnp.float32) * scale
-    distance = cache.position[:, None, None, None] - jnp.arange(keys.shape[2])
-    visible = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1).astype(values.dtype)
-    return jnp.einsum("skgt,sktd->skgd", weights, values).reshape(samples, 1, heads * size)
 
 
 class GatedMLP(nnx.Module):

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import jax
 from flax import nnx
 
-from barber_jax.models.decoder import Block, BlockKVCache, GatedMLP, SubBlock, Tap, attend, linear, rms_norm
+from barber_jax.models.attention import BlockKVCache, attend
+from barber_jax.models.decoder import Block, GatedMLP, SubBlock, Tap, linear, rms_norm
 from barber_jax.models.family import HFConfig, Model, Names
 from barber_jax.models.rope import Rope
 

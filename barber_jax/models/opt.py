@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from barber_jax.models.decoder import ACTIVATIONS, Block, BlockKVCache, SubBlock, Tap, attend, layer_norm, linear
+from barber_jax.models.attention import BlockKVCache, attend
+from barber_jax.models.decoder import ACTIVATIONS, Block, SubBlock, Tap, layer_norm, linear
 from barber_jax.models.family import HFConfig, Model, Names
 
 SUB_BLOCKS = (
