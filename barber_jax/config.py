@@ -34,7 +34,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "best": {"rebuild": False, "token_weighting": "norm", "refine": 10, "reconstruct": 200},
 }
 """Preset -> defaults that it changes."""
-NOT_REPRODUCED = ("out", "overwrite", "resume", "verbose", "compilation_cache", "coordinator", "processes", "process")
+NOT_REPRODUCED = (
+    *("out", "overwrite", "resume", "verbose"),
+    *("selection", "compilation_cache", "coordinator", "processes", "process"),
+)
 """Options that concern one machine or one attempt; left out of the command line that reproduces a result."""
 
 

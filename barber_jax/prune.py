@@ -25,10 +25,11 @@ from barber_jax.data.windows import cut_windows, default_windows, evaluation_ids
 from barber_jax.devices.hosts import join
 from barber_jax.devices.mesh import Devices, is_primary, require_agreement
 from barber_jax.devices.options import parse_mesh
-from barber_jax.devices.settings import prepare_jax
+from barber_jax.devices.settings import choose_selection, prepare_jax
 from barber_jax.forward import passes
 from barber_jax.forward.perplexity import perplexity
 from barber_jax.masks.mask_file import read_masks
+from barber_jax.masks.selection import Selection
 from barber_jax.models import build_model
 from barber_jax.models.family import Model
 from barber_jax.reports.model_card import write_model_card
@@ -57,10 +58,11 @@ def prune(config: PruneConfig) -> dict:
     sparse = open_checkpoint(config.sparse_ckpt) if config.sparse_ckpt else None
     model = build_model(checkpoint.config, jnp.dtype(config.compute_dtype))
     devices = Devices.of(parse_mesh(config.mesh))
+    selection = choose_selection(config.selection, devices.used[0].platform)
     with contextlib.ExitStack() as stack, jax.default_matmul_precision(config.matmul_precision):
         progress = stack.enter_context(Progress(config.verbose, silent=not is_primary()))
         check_inputs(config, checkpoint, model, devices)
-        start, config, sparsity = open_start(config, checkpoint, sparse, model, devices, progress)
+        start, config, sparsity = open_start(config, checkpoint, sparse, model, devices, progress, selection)
         config = dataclasses.replace(config, batch=config.batch or passes.default_batch(config.length))
         owl = config.allocate == "owl"
         ids = calibration_ids(config, checkpoint, model) if start.needs_stream or config.runs_stages or owl else None
@@ -84,6 +86,7 @@ def prune(config: PruneConfig) -> dict:
                 start.sparsities = allocation.block_sparsities(*arguments, **settings)
             with progress.phase("pruning", model.layers) as phase:
                 settings = {"offload": config.offload_activations, "keep_start": config.save_start}
+                settings["selection"] = selection
                 arguments = (checkpoint, model, ids, start, config, config.batch, phase, devices, History(state))
                 blocks = write_blocks(Pruning(*arguments, **settings), writer, phase)
         pruned = None
@@ -91,6 +94,7 @@ def prune(config: PruneConfig) -> dict:
             result = HFFolder(writer.folder)
             pruned = measure_perplexity(config, result, model, windows, progress, "pruned model")
         options, seconds = config.as_dict() | {"sparsity": sparsity}, time.perf_counter() - start_time
+        options["selection"] = selection
         measured = {"dense_perplexity": dense, "perplexity": pruned}
         allocated = start.sparsities if owl else None
         record = run_record(options, model, devices.used, blocks, seconds, **measured, allocation=allocated)
@@ -131,6 +135,7 @@ def open_start(
     model: Model,
     devices: Devices,
     progress: Progress,
+    selection: Selection,
 ) -> tuple[Start, PruneConfig, float]:
     """Open the source of the starting masks: a criterion, a mask file or a pruned checkpoint.
 
@@ -147,7 +152,7 @@ def open_start(
         return MaskFileStart(masks, checkpoint, model, config.sparsity_pattern, devices), config, masks.sparsity
     pattern = config.sparsity_pattern
     criterion = CRITERIA[config.method]
-    return CriterionStart(criterion, model, config.samples, pattern, progress.say), config, pattern.sparsity
+    return CriterionStart(criterion, model, config.samples, pattern, progress.say, selection), config, pattern.sparsity
 
 
 def calibration_ids(config: PruneConfig, checkpoint: Checkpoint, model: Model) -> np.ndarray:

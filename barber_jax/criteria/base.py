@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from barber_jax.masks.pattern import SparsityPattern
+from barber_jax.masks.selector import Selector
 
 Quota = tuple[int | jax.Array, ...]
 """How many weights to prune in each comparison group of a matrix: one number for each kind of group."""
@@ -33,11 +34,11 @@ class Criterion:
         statistic: function of a linear's input [S, L, I] that returns a float32 array summed over the S samples;
             the results of all micro-batches are added. None for a criterion that uses the weights alone; then stream A
             is not computed.
-        start: (kernel float32 [I, O], prepared statistic or None, number of samples, pattern, quota) -> bool [O, I]
-            mask, True = kept, and the updated kernel float32 [I, O], or None if the criterion does not update weights.
-            It is traced; number of samples and pattern are static. It must take the number of weights to prune from
-            the quota, a traced value that may differ between blocks without recompilation. For an N:M pattern the
-            quota is empty.
+        start: (kernel float32 [I, O], prepared statistic or None, number of samples, pattern, quota, selector) ->
+            bool [O, I] mask, True = kept, and the updated kernel float32 [I, O], or None if the criterion does not
+            update weights. It is traced; number of samples, pattern and selector are static. It must take the number
+            of weights to prune from the quota, a traced value that may differ between blocks without recompilation.
+            For an N:M pattern the quota is empty. The selector selects weights by score in groups.
         prepare: (statistic, number of samples, name of the input, say) -> prepared statistic. Called on the host, once
             for all linears that read the same input; `say` prints a line. None to use the statistic unchanged.
         quota: (shape [O, I], fraction to prune) -> quota. Computed on the host in Python floats, because float32
@@ -47,7 +48,7 @@ class Criterion:
     """
 
     statistic: Callable[[jax.Array], jax.Array] | None
-    start: Callable[[jax.Array, Any, int, SparsityPattern, Quota], tuple[jax.Array, jax.Array | None]]
+    start: Callable[[jax.Array, Any, int, SparsityPattern, Quota, Selector], tuple[jax.Array, jax.Array | None]]
     prepare: Callable[[jax.Array, int, str, Callable[[str], None]], Any] | None = None
     quota: Callable[[tuple[int, int], float], Quota] = quota_per_output
     updates_weights: bool = False

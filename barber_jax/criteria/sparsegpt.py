@@ -19,6 +19,7 @@ from barber_jax.console.errors import BarberError
 from barber_jax.criteria.base import Criterion, Quota
 from barber_jax.masks import selection
 from barber_jax.masks.pattern import SparsityPattern
+from barber_jax.masks.selector import Selector
 
 BLOCK = 128
 """Inputs in a block."""
@@ -92,7 +93,12 @@ def quota(shape: tuple[int, int], sparsity: float) -> Quota:
 
 
 def start(
-    kernel: jax.Array, prepared: tuple[jax.Array, jax.Array], samples: int, pattern: SparsityPattern, quota: Quota
+    kernel: jax.Array,
+    prepared: tuple[jax.Array, jax.Array],
+    samples: int,
+    pattern: SparsityPattern,
+    quota: Quota,
+    select: Selector,
 ) -> tuple[jax.Array, jax.Array]:
     """Prune one matrix and update its remaining weights.
 
@@ -105,6 +111,7 @@ def start(
         prepared: from `prepare`.
         samples: not used.
         quota: from `quota`; empty for N:M.
+        select: of the matrix; for N:M, as all outputs of a block are compared.
 
     Returns:
         bool [O, I] mask, True = kept, and the updated kernel float32 [I, O], zero where pruned.
@@ -119,12 +126,12 @@ def start(
     block_count, rest_count = quota or (None, None)
 
     def step(kernel, index):
-        return _prune_block(kernel, factor, index * width, width, pattern, block_count)
+        return _prune_block(kernel, factor, index * width, width, pattern, block_count, select)
 
     kernel, pruned = lax.scan(step, kernel, jnp.arange(full_blocks))
     pruned = pruned.reshape(full_blocks * width, -1)
     if inputs % width:
-        kernel, rest = _prune_block(kernel, factor, full_blocks * width, inputs % width, pattern, rest_count)
+        kernel, rest = _prune_block(kernel, factor, full_blocks * width, inputs % width, pattern, rest_count, select)
         pruned = jnp.concatenate([pruned, rest])
     return ~pruned.T, kernel
 
@@ -136,6 +143,7 @@ def _prune_block(
     width: int,
     pattern: SparsityPattern,
     count: jax.Array | None,
+    select: Selector,
 ) -> tuple[jax.Array, jax.Array]:
     """Prune the block of `width` inputs that begins at input `first`, and update the weights of later inputs.
 
@@ -143,6 +151,7 @@ def _prune_block(
         kernel: float32 [I, O].
         factor: U, float32 [I, I].
         count: number of weights to prune, apart from ties; None for N:M.
+        select: of the matrix.
 
     Returns:
         The updated kernel float32 [I, O], and bool [width, O], True = pruned.
@@ -158,7 +167,7 @@ def _prune_block(
         start = index * size
         scale = lax.dynamic_slice(diagonal, (start,), (size,))[:, None]
         score = jnp.square(lax.dynamic_slice(block, (start, 0), (size, outputs))) / jnp.square(scale)
-        drop = _select(score, pattern, count)
+        drop = _select(score, pattern, count, select)
 
         def column(i, state):
             block, done, errors = state
@@ -182,10 +191,10 @@ def _prune_block(
     return lax.dynamic_update_slice(kernel - update, done, (first, 0)), pruned
 
 
-def _select(score: jax.Array, pattern: SparsityPattern, count: jax.Array | None) -> jax.Array:
+def _select(score: jax.Array, pattern: SparsityPattern, count: jax.Array | None, select: Selector) -> jax.Array:
     """Select the scores [inputs, O] to prune, as a bool array of the same shape."""
     if pattern.structured:
-        return ~selection.keep_n_of_m(score.T, pattern.keep, pattern.of).T
+        return ~select.keep_n_of_m(score.T, pattern.keep, pattern.of).T
     return selection.lowest_with_ties(score, count)
 
 

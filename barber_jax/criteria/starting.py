@@ -22,8 +22,10 @@ from barber_jax.forward.passes import Parameters
 from barber_jax.forward.streams import Stream
 from barber_jax.masks.mask_file import Masks
 from barber_jax.masks.pattern import SparsityPattern
+from barber_jax.masks.selection import Selection
+from barber_jax.masks.selector import Selector
 from barber_jax.models.family import Model
-from barber_jax.models.sharding import constrain, kernel_axes
+from barber_jax.models.sharding import constrain, kernel_axes, sharded_axes
 
 BlockMasks = dict[str, jax.Array]
 """Kernel path -> bool [out, in], True = kept."""
@@ -73,7 +75,7 @@ class Start(Protocol):
         """
 
 
-@partial(jax.jit, static_argnames=("criterion", "axes", "samples", "pattern"))
+@partial(jax.jit, static_argnames=("criterion", "axes", "samples", "pattern", "select"))
 def _start_matrix(
     criterion: Criterion,
     axes: tuple[str | None, str | None],
@@ -82,13 +84,14 @@ def _start_matrix(
     samples: int,
     pattern: SparsityPattern,
     quota: Quota,
+    select: Selector,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Call `Criterion.start` for a kernel [in, out] that is sharded over the mesh axes `axes`.
 
     Returns:
         bool [out, in] mask, and the updated kernel in the kernel's dtype, or None.
     """
-    mask, updated = criterion.start(kernel.astype(jnp.float32), prepared, samples, pattern, quota)
+    mask, updated = criterion.start(kernel.astype(jnp.float32), prepared, samples, pattern, quota, select)
     if updated is not None:
         # Round now to the dtype that will be written, so that the streams are computed with exactly these weights.
         updated = constrain(updated.astype(kernel.dtype), *axes)
@@ -101,6 +104,7 @@ class CriterionStart:
     Args:
         samples: number of calibration samples.
         say: prints a line.
+        selection: implementation of the selection, where a group of weights lies on one device.
 
     Attributes:
         sparsities: fraction to prune in each block; the pattern's for all, unless set otherwise.
@@ -110,8 +114,15 @@ class CriterionStart:
     """
 
     def __init__(
-        self, criterion: Criterion, model: Model, samples: int, pattern: SparsityPattern, say: Callable[[str], None]
+        self,
+        criterion: Criterion,
+        model: Model,
+        samples: int,
+        pattern: SparsityPattern,
+        say: Callable[[str], None],
+        selection: Selection = "count",
     ):
+        self._selection = selection
         self._criterion, self._model, self._samples, self._pattern = criterion, model, samples, pattern
         self._say, self._block = say, model.block()
         self.needs_stream = criterion.statistic is not None
@@ -122,14 +133,16 @@ class CriterionStart:
         masks, weights = {}, {}
         for sub in self._model.sub_blocks:
             for path in sub.kernels:
+                axes = kernel_axes(sub, path)
                 masks[path], updated = _start_matrix(
                     self._criterion,
-                    kernel_axes(sub, path),
+                    axes,
                     dense[path],
                     prepared.get(path),
                     self._samples,
                     self._pattern,
                     self._quota(index, dense[path].shape),
+                    Selector(self._selection, sharded_axes(axes[::-1])),
                 )
                 if updated is not None:
                     weights[path] = updated

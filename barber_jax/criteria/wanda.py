@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from barber_jax.criteria.base import Criterion, Quota
-from barber_jax.masks import selection
 from barber_jax.masks.pattern import SparsityPattern
+from barber_jax.masks.selection import AXES
+from barber_jax.masks.selector import Selector
 
 
 def statistic(x: jax.Array) -> jax.Array:
@@ -22,7 +23,7 @@ def statistic(x: jax.Array) -> jax.Array:
 
 
 def start(
-    kernel: jax.Array, squares: jax.Array, samples: int, pattern: SparsityPattern, quota: Quota
+    kernel: jax.Array, squares: jax.Array, samples: int, pattern: SparsityPattern, quota: Quota, select: Selector
 ) -> tuple[jax.Array, None]:
     """Prune the weights with the lowest score |W_oi| * ||X_i||.
 
@@ -34,14 +35,15 @@ def start(
         squares: float32 [I], `statistic` summed over all samples.
         samples: number of samples.
         quota: one number, from `quota_per_output`.
+        select: of the matrix.
 
     Returns:
         bool [O, I] mask, True = kept; no updated weights.
     """
     score = jnp.abs(kernel.T) * jnp.sqrt(squares / samples)
     if pattern.structured:
-        return selection.keep_n_of_m(score, pattern.keep, pattern.of), None
-    return selection.keep_highest(score, quota[0], selection.AXES["output1"]), None
+        return select.keep_n_of_m(score, pattern.keep, pattern.of), None
+    return select.keep_highest(score, quota[0], AXES["output1"]), None
 
 
 CRITERION = Criterion(statistic=statistic, start=start)

@@ -7,7 +7,7 @@ May import: console, models.
 | `mesh` | `Devices`: arrays between host and devices; consistency between processes |
 | `hosts` | initialisation of a run over several processes |
 | `options` | command-line options for devices, processes, precision and memory |
-| `settings` | matmul precision and the compilation cache |
+| `settings` | matmul precision, how weights are selected, and the compilation cache |
 """
 
 from barber_jax.devices.mesh import Devices, is_primary

@@ -8,6 +8,8 @@ from barber_jax.console.errors import BarberError
 from barber_jax.console.options import OptionGroup
 
 ComputeDtype = Literal["float32", "bfloat16"]
+MatmulPrecision = Literal["highest", "high", "default"]
+SelectionOption = Literal["auto", "top_k", "count"]
 
 
 def parse_mesh(text: str | None) -> tuple[int, int] | None:
@@ -31,6 +33,10 @@ class DeviceOptions(OptionGroup):
 
     compute_dtype: ComputeDtype = "float32"
     """Dtype of activations and matrix products; statistics are always float32."""
+    matmul_precision: MatmulPrecision = "highest"
+    """Float32 matrix products: highest = full float32; high, default = the device's faster ones, such as TF32."""
+    selection: SelectionOption = "auto"
+    """How weights are selected, with the same result: top_k = jax.lax.top_k, count = bisection, auto = by device."""
     batch: int | None = None
     """Samples in a micro-batch; determines peak memory. Default 8; on CPU 1024 / --length, between 1 and 8."""
     mesh: str | None = None

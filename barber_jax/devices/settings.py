@@ -1,5 +1,5 @@
-"""JAX settings that a command makes before it computes: determinism on GPUs, float32 matmul precision and the
-compilation cache."""
+"""What a command settles before it computes: determinism on GPUs, float32 matmul precision, selection, the compilation
+cache."""
 
 import contextlib
 import hashlib
@@ -7,11 +7,12 @@ import importlib.metadata
 import os
 import platform
 from pathlib import Path
+from typing import Literal
 
 import jax
 
 from barber_jax.console.errors import BarberError
-from barber_jax.devices.options import MatmulPrecision
+from barber_jax.devices.options import MatmulPrecision, SelectionOption
 
 
 def prepare_jax(compilation_cache: str | None = None, precision: MatmulPrecision = "highest") -> None:
@@ -47,6 +48,16 @@ def set_gpu_determinism() -> None:
 def set_precision(precision: MatmulPrecision = "highest") -> None:
     """Set the precision of float32 matrix products; JAX's own default rounds their inputs on GPUs and TPUs."""
     jax.config.update("jax_default_matmul_precision", precision)
+
+
+def choose_selection(option: SelectionOption, platform: str) -> Literal["top_k", "count"]:
+    """Implementation of `masks.selection` for a platform (cpu, gpu, tpu) and the value of --selection.
+
+    `auto` is what is faster in figures measured on the platform (docs/results.md): counting is on a CPU and, but for the
+    starting mask of `output1` groups, where they are equal, on a GPU. There are none of a TPU yet.
+    """
+    fastest: dict[str, Literal["top_k", "count"]] = {"cpu": "count", "gpu": "count", "tpu": "count"}
+    return fastest.get(platform, "count") if option == "auto" else option
 
 
 def set_compilation_cache(place: str | None) -> None:

@@ -6,9 +6,12 @@ May import: console.
 |---|---|
 | `pattern` | unstructured and N:M patterns |
 | `selection` | exact selection of the weights that a score prunes, and LLM-Barber's swaps, on the devices |
+| `top_k`, `keys` | the same with `jax.lax.top_k`; scores as integers |
+| `selector` | which of the two selects in a matrix |
 | `mask_file` | masks.safetensors, our own format |
 
-Only `selection` needs JAX. It is not imported here, so that PyTorch users can read mask files without JAX.
+Only `pattern` and `mask_file` do without JAX. The rest is not imported here, so that PyTorch users can read mask files
+without it.
 """
 
 from barber_jax.masks.mask_file import Masks, pack, read_masks, unpack

@@ -4,37 +4,37 @@ A mask is a bool [O, I] array (outputs, inputs), True = kept. Scores are non-neg
 a set of weights that compete: one output, one input, one matrix, or all matrices of a sub-block. Ties always go to the
 lower flat index (matrices in the given order, C order within each).
 
-Nothing is sorted. The bits of a non-negative float32, read as an integer, have the same order as the float, so the
-k-th value of a group is found by bisecting on that integer and counting. Counts are plain reductions: they cost the
-same for every granularity, and remain correct when a group is sharded over devices.
+There are two implementations, which select the same weights; `selector` says which one a matrix gets. Both compare the
+bits of non-negative float32, which have the order of the floats when they are read as integers (`keys`).
+
+- `count`: nothing is sorted. The k-th value of a group is found by bisecting on the integer and counting. Counts are
+  plain reductions: they cost the same for every granularity, and remain correct when a group is sharded over devices.
+- `top_k`: `jax.lax.top_k` puts every group in order (`top_k`). For groups along one axis alone: outputs, inputs and N:M
+  groups. Matrices and sub-blocks are always counted.
 """
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from barber_jax.masks import top_k
+from barber_jax.masks.keys import INFINITY_KEY, restrict, swaps_of_outliers, to_keys
+
 Arrays = list[jax.Array]
+Selection = Literal["top_k", "count"]
+"""Implementation of the selection; the result is the same."""
 
 AXES: dict[str, tuple[int, ...]] = {"output1": (1,), "input1": (0,), "layer": (0, 1), "block": (0, 1)}
 """Granularity -> axes of [O, I] that a comparison group spans; a `block` group also spans all matrices."""
 
-INFINITY_KEY = 0x7F800000
-"""Key of infinity, above the key of every finite score."""
-EXCLUDED_KEY = jnp.iinfo(jnp.int32).max
-"""Key above that of every score, for entries that must not be selected."""
-
-
-def _keys(scores: jax.Array) -> jax.Array:
-    """Map non-negative float32 to int32 keys of the same order. abs() clears the sign bit of -0.0."""
-    return lax.bitcast_convert_type(jnp.abs(scores.astype(jnp.float32)), jnp.int32)
-
 
 def _restrict(keys: Arrays, flags: Arrays) -> Arrays:
-    """Replace the keys of entries that are not flagged with EXCLUDED_KEY."""
-    return [jnp.where(flag, key, EXCLUDED_KEY) for key, flag in zip(keys, flags, strict=True)]
+    """`restrict` of every matrix."""
+    return [restrict(key, flag) for key, flag in zip(keys, flags, strict=True)]
 
 
 def _count(flags: Sequence[jax.Array], axes: tuple[int, ...]) -> jax.Array:
@@ -97,18 +97,33 @@ def _flat_indices(arrays: Arrays) -> Arrays:
     return out
 
 
-def keep_highest(scores: jax.Array, prune: int | jax.Array, axes: tuple[int, ...]) -> jax.Array:
+def _by_top_k(selection: Selection, axes: tuple[int, ...]) -> bool:
+    """Whether groups that span the axes are selected with top_k."""
+    return selection == "top_k" and len(axes) == 1
+
+
+def _rows(array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Move the one axis that a group spans to the end, or back."""
+    return array if axes == (1,) else array.T
+
+
+def keep_highest(
+    scores: jax.Array, prune: int | jax.Array, axes: tuple[int, ...], selection: Selection = "count"
+) -> jax.Array:
     """Build the mask that prunes exactly the `prune` lowest scores of every comparison group.
 
     Args:
         scores: non-negative float32 [O, I].
         prune: number of weights to prune in each group.
         axes: axes that a group spans; see `AXES`.
+        selection: implementation.
 
     Returns:
         bool [O, I], True = kept.
     """
-    keys = [_keys(scores)]
+    keys = [to_keys(scores)]
+    if _by_top_k(selection, axes):
+        return _rows(~top_k.lowest(_rows(keys[0], axes), prune), axes)
     return ~_lowest(keys, jnp.full_like(_count(keys, axes), prune), axes)[0]
 
 
@@ -122,7 +137,7 @@ def lowest_with_ties(scores: jax.Array, count: int | jax.Array) -> jax.Array:
     Returns:
         bool of the same shape.
     """
-    keys, axes = _keys(scores), AXES["layer"]
+    keys, axes = to_keys(scores), AXES["layer"]
     return (keys <= _threshold([keys], jnp.full((1, 1), count), axes)) & (count > 0)
 
 
@@ -137,40 +152,56 @@ def _rank(keys: jax.Array, among: jax.Array) -> jax.Array:
     return jnp.sum(before & among[..., None, :], axis=-1, dtype=jnp.int32)
 
 
-def keep_n_of_m(scores: jax.Array, keep: int, of: int) -> jax.Array:
+def _first(keys: jax.Array, among: jax.Array, k: int | jax.Array, selection: Selection) -> jax.Array:
+    """Flag the k lowest keys among the flagged entries of each last axis, or all of these if they are fewer."""
+    if selection == "count":
+        return among & (_rank(keys, among) < k)
+    return top_k.lowest(restrict(keys, among), jnp.minimum(k, jnp.sum(among, axis=-1, keepdims=True, dtype=jnp.int32)))
+
+
+def keep_n_of_m(scores: jax.Array, keep: int, of: int, selection: Selection = "count") -> jax.Array:
     """Build the mask that keeps the N highest scores of every M consecutive inputs of an output.
 
     Args:
         scores: non-negative float32 [O, I], I a multiple of M.
         keep, of: N and M.
+        selection: implementation.
 
     Returns:
         bool [O, I], True = kept.
     """
-    grouped = _keys(scores).reshape(scores.shape[0], -1, of)
+    grouped = to_keys(scores).reshape(scores.shape[0], -1, of)
+    if selection == "top_k":
+        return ~top_k.lowest(grouped, of - keep).reshape(scores.shape)
     return (_rank(grouped, jnp.ones(grouped.shape, bool)) >= of - keep).reshape(scores.shape)
 
 
-@partial(jax.jit, static_argnames="axes")
-def count_swaps(metric: Arrays, masks: Arrays, alpha: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+@partial(jax.jit, static_argnames=("axes", "selection"))
+def count_swaps(
+    metric: Arrays, masks: Arrays, alpha: jax.Array, axes: tuple[int, ...], selection: Selection = "count"
+) -> jax.Array:
     """Number of swaps in each group: floor(float32(R) * float32(alpha)), arXiv 2408.10631, section 3.3.
 
     With the pruned weights' metric sorted in descending order (g) and the kept weights' in ascending order (p), R is
     the number of i with g_i > p_i. Since g_i - p_i decreases with i, R is the largest r for which some value t has r
     pruned weights above it and r kept weights at or below it: R = max over t of min(#pruned > t, #kept <= t). As t
     grows the first count falls and the second rises; they are equal where the number of all weights at or below t is
-    the number of pruned weights.
+    the number of pruned weights. With top_k the pairs are sorted and counted as they are.
 
     Args:
         metric: per matrix, non-negative float32 [O, I].
         masks: per matrix, bool [O, I], True = kept.
         alpha: fraction of the R pairs to swap, in [0, 1].
         axes: axes that a group spans, besides all given matrices; see `AXES`.
+        selection: implementation. top_k takes one matrix where a group spans one axis.
 
     Returns:
         int32, one number per group; the reduced axes are kept with size 1.
     """
-    keys = [_keys(m) for m in metric]
+    keys = [to_keys(m) for m in metric]
+    if _by_top_k(selection, axes):
+        ((key,), (mask,)) = keys, masks
+        return _rows(top_k.swaps(_rows(key, axes), _rows(mask, axes), alpha).count, axes)
     total = _count([~mask for mask in masks], axes)
     cross = _threshold(keys, total, axes)
 
@@ -180,12 +211,10 @@ def count_swaps(metric: Arrays, masks: Arrays, alpha: jax.Array, axes: tuple[int
     above = total - count_at_most(cross, [~mask for mask in masks])
     # With `cross` = 0, the second count is 0, since no key is negative.
     outliers = jnp.maximum(above, count_at_most(cross - 1, masks))
-    # float32(R) may round up to more than R when R > 2^24.
-    swaps = jnp.floor(outliers.astype(jnp.float32) * jnp.float32(alpha)).astype(jnp.int32)
-    return jnp.minimum(swaps, outliers)
+    return swaps_of_outliers(outliers, alpha)
 
 
-def swap(metric: Arrays, masks: Arrays, alpha: jax.Array, granularity: str) -> Arrays:
+def swap(metric: Arrays, masks: Arrays, alpha: jax.Array, granularity: str, selection: Selection = "count") -> Arrays:
     """Swap weights in the masks of one sub-block (arXiv 2408.10631, section 3.3).
 
     In every comparison group, the pruned weights with the highest metric are regrown, and as many kept weights with
@@ -196,13 +225,18 @@ def swap(metric: Arrays, masks: Arrays, alpha: jax.Array, granularity: str) -> A
         masks: per matrix, bool [O, I], True = kept.
         alpha: fraction of the outlier pairs to swap, in [0, 1].
         granularity: a key of `AXES`.
+        selection: implementation.
 
     Returns:
         The new masks, per matrix, bool [O, I].
     """
-    if granularity != "block":
-        return [_swap_group([m], [mask], alpha, AXES[granularity])[0] for m, mask in zip(metric, masks, strict=True)]
-    return _swap_group(metric, masks, alpha, AXES[granularity])
+    axes = AXES[granularity]
+    if granularity == "block":
+        return _swap_group(metric, masks, alpha, axes)
+    pairs = zip(metric, masks, strict=True)
+    if _by_top_k(selection, axes):
+        return [_rows(top_k.swap(_rows(m, axes), _rows(mask, axes), alpha), axes) for m, mask in pairs]
+    return [_swap_group([m], [mask], alpha, axes)[0] for m, mask in pairs]
 
 
 # Three jitted programs and not one: the temporary arrays of each are several times as large as the weights, and they
@@ -210,13 +244,13 @@ def swap(metric: Arrays, masks: Arrays, alpha: jax.Array, granularity: str) -> A
 @partial(jax.jit, static_argnames="axes")
 def _select_regrown(metric: Arrays, masks: Arrays, k: jax.Array, axes: tuple[int, ...]) -> Arrays:
     """Flag the k pruned weights with the highest metric in every group."""
-    return _lowest(_restrict([INFINITY_KEY - _keys(m) for m in metric], [~mask for mask in masks]), k, axes)
+    return _lowest(_restrict([INFINITY_KEY - to_keys(m) for m in metric], [~mask for mask in masks]), k, axes)
 
 
 @partial(jax.jit, static_argnames="axes")
 def _apply_swaps(metric: Arrays, masks: Arrays, regrown: Arrays, k: jax.Array, axes: tuple[int, ...]) -> Arrays:
     """New masks: the regrown weights are kept, and the k kept weights with the lowest metric in every group pruned."""
-    pruned = _lowest(_restrict([_keys(m) for m in metric], masks), k, axes)
+    pruned = _lowest(_restrict([to_keys(m) for m in metric], masks), k, axes)
     return [(mask | r) & ~p for mask, r, p in zip(masks, regrown, pruned, strict=True)]
 
 
@@ -225,8 +259,10 @@ def _swap_group(metric: Arrays, masks: Arrays, alpha: jax.Array, axes: tuple[int
     return _apply_swaps(metric, masks, _select_regrown(metric, masks, k, axes), k, axes)
 
 
-@partial(jax.jit, static_argnames=("keep", "of"))
-def swap_n_of_m(metric: jax.Array, mask: jax.Array, alpha: jax.Array, keep: int, of: int) -> jax.Array:
+@partial(jax.jit, static_argnames=("keep", "of", "selection"))
+def swap_n_of_m(
+    metric: jax.Array, mask: jax.Array, alpha: jax.Array, keep: int, of: int, selection: Selection = "count"
+) -> jax.Array:
     """Swap weights in the N:M mask of one matrix, keeping the pattern.
 
     In each output, k weights are regrown as in `swap`. Each group of M then prunes as many of its previously kept
@@ -238,15 +274,17 @@ def swap_n_of_m(metric: jax.Array, mask: jax.Array, alpha: jax.Array, keep: int,
         mask: bool [O, I] that keeps N of every M.
         alpha: fraction of the outlier pairs to swap, in [0, 1].
         keep, of: N and M.
+        selection: implementation.
 
     Returns:
         The new mask, bool [O, I].
     """
-    keys, axes = _keys(metric), AXES["output1"]
-    k = count_swaps([metric], [mask], alpha, axes)
-    regrown = _select_regrown([metric], [mask], k, axes)[0]
-    grouped = (mask.shape[0], -1, of)
-    keys, kept, regrown = keys.reshape(grouped), mask.reshape(grouped), regrown.reshape(grouped)
-    regrown &= _rank(INFINITY_KEY - keys, regrown) < keep
-    pruned = kept & (_rank(keys, kept) < jnp.sum(regrown, axis=-1, keepdims=True))
+    if selection == "top_k":
+        regrown = top_k.swaps(to_keys(metric), mask, alpha).regrown()
+    else:
+        k = count_swaps([metric], [mask], alpha, AXES["output1"])
+        regrown = _select_regrown([metric], [mask], k, AXES["output1"])[0]
+    keys, kept, regrown = (array.reshape(mask.shape[0], -1, of) for array in (to_keys(metric), mask, regrown))
+    regrown = _first(INFINITY_KEY - keys, regrown, keep, selection)
+    pruned = _first(keys, kept, jnp.sum(regrown, axis=-1, keepdims=True, dtype=jnp.int32), selection)
     return ((kept | regrown) & ~pruned).reshape(mask.shape)

@@ -30,6 +30,12 @@ def data_axis_size() -> int:
     return dict(jax.sharding.get_abstract_mesh().shape).get(DATA, 1)
 
 
+def sharded_axes(axes: Sequence[str | None]) -> tuple[int, ...]:
+    """Axes of an array that are spread over several devices, given the mesh axis of each of them."""
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    return tuple(axis for axis, name in enumerate(axes) if sizes.get(name, 1) > 1)
+
+
 def kernel_axes(sub: SubBlock, path: str) -> tuple[str | None, str | None]:
     """Mesh axes of a sub-block's kernel [in, out]."""
     return (None, MODEL) if sub.splits_outputs(path) else (MODEL, None)

@@ -23,6 +23,7 @@ from barber_jax.devices.mesh import Devices
 from barber_jax.forward import passes
 from barber_jax.forward.passes import Parameters
 from barber_jax.forward.streams import Stream, Streams
+from barber_jax.masks.selection import Selection
 from barber_jax.models.family import Model
 from barber_jax.models.sharding import DATA
 from barber_jax.run.history import Commit, History
@@ -65,6 +66,7 @@ class Pruning:
             committed to it.
         offload: keep activations in host memory, with one micro-batch at a time on the device.
         keep_start: whether `BlockResult.start_masks` is needed; otherwise it may hold the final masks.
+        selection: implementation of the stages' selection, where a comparison group lies on one device.
 
     Raises:
         BarberError: when iterated over, if a tensor is damaged or the activations overflow.
@@ -81,6 +83,7 @@ class Pruning:
     history: History = field(default_factory=History)
     offload: bool = False
     keep_start: bool = False
+    selection: Selection = "count"
 
     def __post_init__(self):
         self._block = self.model.block()
@@ -88,7 +91,9 @@ class Pruning:
         self._runs_stages = bool(enabled_stages(self.options))
         samples, data_parallel = 0 if self.ids is None else len(self.ids), self.devices.shape[0]
         self._held_out = held_out_samples(self.options, samples, data_parallel)
-        self._stages = SubBlockStages(self._block, self.options, samples - self._held_out, data_parallel)
+        self._stages = SubBlockStages(
+            self._block, self.options, samples - self._held_out, data_parallel, self.selection
+        )
         self._names = [self.model.kernel_names(index) for index in range(self.model.layers)]
 
     def __iter__(self) -> Iterator[BlockResult]:

@@ -16,7 +16,7 @@ from barber_jax.run.run_state import RunState
 
 NOT_COMPARED = (
     *("preset", "ckpt", "out", "format", "masks", "sparse_ckpt", "calibration", "text_field", "seed"),
-    *("offload_activations", "compilation_cache", "coordinator", "processes", "process"),
+    *("selection", "offload_activations", "compilation_cache", "coordinator", "processes", "process"),
     *("overwrite", "resume", "verbose", "eval_text", "eval_dataset", "eval_windows"),
 )
 """Options that do not change the result, and options that name inputs, whose content is compared instead."""

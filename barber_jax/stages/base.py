@@ -14,6 +14,7 @@ from barber_jax.console.progress import Stopwatch
 from barber_jax.criteria.starting import BlockMasks
 from barber_jax.forward.passes import Parameters
 from barber_jax.forward.streams import Stream, Streams
+from barber_jax.masks.selection import Selection
 from barber_jax.models.decoder import BlockDefinition, SubBlock
 from barber_jax.stages.loss import TokenWeighting, loss
 from barber_jax.stages.targets import Target
@@ -49,6 +50,7 @@ class Work:
         options: of all stages.
         samples: calibration samples that stages learn from, without the held-out ones.
         data_parallel: over how many devices samples are sharded.
+        selection: implementation of the selection, where a comparison group lies on one device.
         dense: parameters of the dense block, earlier sub-blocks as they have become.
         sparse: path -> weights that stand for the pruned sub-block in the rebuild's loss, where they differ from the
             dense ones: the criterion's at first, from the second round on those that the round before left.
@@ -68,6 +70,7 @@ class Work:
     options: SharedOptions
     samples: int
     data_parallel: int
+    selection: Selection
     dense: Parameters
     sparse: Parameters
     start_masks: BlockMasks

@@ -35,8 +35,9 @@ def outlier_maps(
         outputs, inputs = (jnp.arange(BINS)[:, None] == side for side in sides)
 
         def count(flags: jax.Array) -> jax.Array:
-            # Products of zeros and ones: exact in float32, as no tile holds 2^24 outliers.
-            return outputs.astype(jnp.float32) @ flags.astype(jnp.float32) @ inputs.T
+            # Products of zeros and ones: exact in float32 as no tile holds 2^24 outliers, but not in fewer bits.
+            with jax.default_matmul_precision("highest"):
+                return outputs.astype(jnp.float32) @ flags.astype(jnp.float32) @ inputs.T
 
         return constrain(jnp.stack([count(high & ~mask[path]) for mask in (before, after)]).astype(jnp.int32))
 

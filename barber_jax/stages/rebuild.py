@@ -19,10 +19,11 @@ from barber_jax.console.errors import BarberError
 from barber_jax.console.options import OptionGroup
 from barber_jax.forward.passes import Parameters
 from barber_jax.forward.streams import Stream
-from barber_jax.masks import selection
 from barber_jax.masks.pattern import SparsityPattern
+from barber_jax.masks.selection import Selection, swap
+from barber_jax.masks.selector import Selector
 from barber_jax.models.decoder import SubBlock
-from barber_jax.models.sharding import constrain, mask_axes
+from barber_jax.models.sharding import constrain, mask_axes, sharded_axes
 from barber_jax.stages import gradients
 from barber_jax.stages.base import BlockMasks, Stage, Work
 from barber_jax.stages.outliers import outlier_maps
@@ -82,6 +83,7 @@ def swap_masks(
     *,
     granularity: Granularity,
     pattern: SparsityPattern,
+    selection: Selection = "count",
 ) -> BlockMasks:
     """The rebuilt masks of a sub-block.
 
@@ -89,17 +91,25 @@ def swap_masks(
         scores: kernel path -> float32 [out, in].
         masks: kernel path -> bool [out, in] starting mask.
         alpha: fraction of outlier pairs to swap.
+        selection: implementation of the selection, where a comparison group lies on one device.
 
     Returns:
         kernel path -> bool [out, in].
     """
+
+    def swapped(path: str) -> jax.Array:
+        """The new mask of a matrix whose groups do not span others."""
+        select = Selector(selection, sharded_axes(mask_axes(sub, path)))
+        if pattern.structured:
+            return select.swap_n_of_m(scores[path], masks[path], alpha, pattern.keep, pattern.of)
+        return select.swap(scores[path], masks[path], alpha, granularity)
+
     order = sub.kernels  # not the dictionaries' order: jit sorts their keys
-    values, old = [scores[path] for path in order], [masks[path] for path in order]
-    if pattern.structured:
-        pairs = zip(values, old, strict=True)
-        new = [selection.swap_n_of_m(s, m, alpha, pattern.keep, pattern.of) for s, m in pairs]
+    if granularity == "block" and not pattern.structured:
+        values, old = [scores[path] for path in order], [masks[path] for path in order]
+        new = swap(values, old, alpha, granularity)
     else:
-        new = selection.swap(values, old, alpha, granularity)
+        new = [swapped(path) for path in order]
     return shard_masks(sub, dict(zip(order, new, strict=True)))
 
 
@@ -160,6 +170,7 @@ class Rebuild(Stage):
 
         def swapped(alpha: float) -> BlockMasks:
             settings = {"granularity": options.granularity, "pattern": options.sparsity_pattern}
+            settings["selection"] = work.selection
             return swap_masks(work.sub, found, work.masks, jnp.float32(alpha), **settings)
 
         if options.alpha != "auto":

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from barber_jax.console.progress import Stopwatch
 from barber_jax.forward.passes import Parameters
 from barber_jax.forward.streams import Stream, Streams
+from barber_jax.masks.selection import Selection
 from barber_jax.models.decoder import BlockDefinition, SubBlock
 from barber_jax.stages import loss, targets, weights
 from barber_jax.stages.base import BlockMasks, ChunkLoss, SharedOptions, Work, mean_loss
@@ -38,11 +39,19 @@ class SubBlockStages:
         options: of all stages.
         samples: calibration samples that stages learn from.
         data_parallel: over how many devices samples are sharded.
+        selection: implementation of the selection, where a comparison group lies on one device.
     """
 
-    def __init__(self, definition: BlockDefinition, options: SharedOptions, samples: int, data_parallel: int):
+    def __init__(
+        self,
+        definition: BlockDefinition,
+        options: SharedOptions,
+        samples: int,
+        data_parallel: int,
+        selection: Selection = "count",
+    ):
         self._definition, self._options = definition, options
-        self._samples, self._data_parallel = samples, data_parallel
+        self._samples, self._data_parallel, self._selection = samples, data_parallel, selection
         self._stages = enabled_stages(options)
 
     def __call__(
@@ -58,7 +67,7 @@ class SubBlockStages:
         Returns:
             what became of the sub-block; `streams.rebuilt` and `streams.dense` are past it.
         """
-        given = (self._definition, sub, self._options, self._samples, self._data_parallel)
+        given = (self._definition, sub, self._options, self._samples, self._data_parallel, self._selection)
         work = Work(*given, dense, start, masks, streams, watch)
         if self._options.retain_reconstruction or not self._options.rebuild:
             work.updated = weights.surviving_weights({path: dense[path] for path in start}, start, masks)

@@ -8,6 +8,7 @@ from criterion_contract import CriterionContract
 from barber_jax.console.errors import BarberError
 from barber_jax.criteria import sparsegpt
 from barber_jax.masks.pattern import SparsityPattern
+from barber_jax.masks.selector import Selector
 
 
 def plain(kernel, gram, samples, pattern, block=128):
@@ -48,7 +49,7 @@ def problem(inputs, outputs, dead=()):
 
 def start(kernel, prepared, pattern):
     quota = () if pattern.structured else sparsegpt.quota(kernel.shape[::-1], pattern.sparsity)
-    return sparsegpt.start(jnp.asarray(kernel), prepared, 3, pattern, quota)
+    return sparsegpt.start(jnp.asarray(kernel), prepared, 3, pattern, quota, Selector())
 
 
 @pytest.mark.parametrize("inputs", [64, 128, 256, 300])

@@ -10,19 +10,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from barber_jax.masks import selection as masks
+from barber_jax.masks.selector import Selector
 
 # Few distinct values, so that ties are everywhere; zeros and infinities of float32's range too.
-VALUES = st.sampled_from([0.0, 1e-45, 1e-30, 0.5, 1.0, 1.0000001, 3.0, 3.4e38])
+VALUES = st.sampled_from([0.0, 1e-45, 1e-30, 0.5, 1.0, 1.0000001, 3.0, 3.4e38, np.inf])
 # Few shapes, so that each compiles once; one output, one group and more outputs than inputs are among them.
 SHAPES = st.sampled_from([(3, 8), (9, 4), (1, 12)])
+HOW = ("count", "top_k")
 SHAPE_LISTS = st.sampled_from([[(3, 8)], [(9, 4), (1, 12)], [(1, 12), (3, 8), (9, 4)]])
 
-keep_highest = jax.jit(masks.keep_highest, static_argnums=2)
-keep_n_of_m = jax.jit(masks.keep_n_of_m, static_argnums=(1, 2))
-swap = jax.jit(masks.swap, static_argnums=3)
-swap_n_of_m = jax.jit(masks.swap_n_of_m, static_argnums=(3, 4))
+keep_highest = jax.jit(masks.keep_highest, static_argnums=(2, 3))
+keep_n_of_m = jax.jit(masks.keep_n_of_m, static_argnums=(1, 2, 3))
+swap = jax.jit(masks.swap, static_argnums=(3, 4))
+swap_n_of_m = jax.jit(masks.swap_n_of_m, static_argnums=(3, 4, 5))
 
 
 def matrices(shape):
@@ -61,7 +65,8 @@ def test_keep_highest_prunes_exactly_the_stable_lowest(data, shape, axes):
     scores = data.draw(matrices(shape))
     size = np.prod([shape[axis] for axis in axes])
     prune = data.draw(st.integers(0, int(size)))
-    got = np.asarray(keep_highest(jnp.asarray(scores), prune, axes))
+    got, by_top_k = (np.asarray(keep_highest(jnp.asarray(scores), prune, axes, how)) for how in HOW)
+    np.testing.assert_array_equal(by_top_k, got)
     by_group = {(0,): lambda a: a.T, (1,): lambda a: a, (0, 1): lambda a: a.reshape(1, -1)}[axes]
     want = np.ones_like(by_group(scores), bool)
     np.put_along_axis(want, np.argsort(by_group(scores), axis=1, kind="stable")[:, :prune], False, axis=1)
@@ -73,7 +78,9 @@ def test_keep_highest_prunes_exactly_the_stable_lowest(data, shape, axes):
 def test_keep_n_of_m(data, shape, pattern):
     keep, of = pattern
     scores = data.draw(matrices(shape))
-    got = np.asarray(keep_n_of_m(jnp.asarray(scores), keep, of)).reshape(shape[0], -1, of)
+    got, by_top_k = (np.asarray(keep_n_of_m(jnp.asarray(scores), keep, of, how)) for how in HOW)
+    np.testing.assert_array_equal(by_top_k, got)
+    got = got.reshape(shape[0], -1, of)
     grouped = scores.reshape(shape[0], -1, of)
     want = np.ones_like(grouped, bool)
     np.put_along_axis(want, np.argsort(grouped, axis=-1, kind="stable")[..., : of - keep], False, axis=-1)
@@ -85,9 +92,11 @@ def test_keep_n_of_m(data, shape, pattern):
 def test_swap_follows_the_definition(data, shapes, granularity, alpha):
     metric = [data.draw(matrices(shape)) for shape in shapes]
     kept = [data.draw(hnp.arrays(bool, shape)) for shape in shapes]
-    got = swap([jnp.asarray(m) for m in metric], [jnp.asarray(m) for m in kept], alpha, granularity)
-    for g, want in zip(got, expected_swap(metric, kept, alpha, granularity), strict=True):
-        np.testing.assert_array_equal(np.asarray(g), want)
+    want = expected_swap(metric, kept, alpha, granularity)
+    for how in HOW:
+        got = swap([jnp.asarray(m) for m in metric], [jnp.asarray(m) for m in kept], alpha, granularity, how)
+        for g, w in zip(got, want, strict=True):
+            np.testing.assert_array_equal(np.asarray(g), w)
 
 
 @settings(max_examples=60, deadline=None)
@@ -96,7 +105,10 @@ def test_swap_n_of_m_keeps_the_pattern_and_follows_the_definition(data, shape, p
     keep, of = pattern
     metric = data.draw(matrices(shape))
     start = np.asarray(keep_n_of_m(jnp.asarray(data.draw(matrices(shape))), keep, of))
-    got = np.asarray(swap_n_of_m(jnp.asarray(metric), jnp.asarray(start), alpha, keep, of))
+    got, by_top_k = (
+        np.asarray(swap_n_of_m(jnp.asarray(metric), jnp.asarray(start), alpha, keep, of, how)) for how in HOW
+    )
+    np.testing.assert_array_equal(by_top_k, got)
     assert (got.reshape(shape[0], -1, of).sum(-1) == keep).all()
     for o in range(shape[0]):
         pruned, alive = np.flatnonzero(~start[o]), np.flatnonzero(start[o])
@@ -111,6 +123,64 @@ def test_swap_n_of_m_keeps_the_pattern_and_follows_the_definition(data, shape, p
             own = [i for i in down if i // of == group][: len(best)]
             want[best], want[own] = True, False
         np.testing.assert_array_equal(got[o], want)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data(), st.sampled_from([(1, 8), (4, 8), (6, 8)]), st.floats(0, 1, width=32))
+def test_top_k_in_groups_of_eight(data, pattern, alpha):
+    keep, of = pattern
+    metric, scores = (jnp.asarray(data.draw(matrices((2, 16)))) for _ in range(2))
+    start, by_top_k = (keep_n_of_m(scores, keep, of, how) for how in HOW)
+    np.testing.assert_array_equal(by_top_k, start)
+    swapped, by_top_k = (swap_n_of_m(metric, start, alpha, keep, of, how) for how in HOW)
+    np.testing.assert_array_equal(by_top_k, swapped)
+
+
+@pytest.mark.parametrize("granularity", ["output1", "input1"])
+def test_number_of_swaps_by_top_k(granularity):
+    """Many values that differ, of which none is pruned or kept in some groups."""
+    generator = np.random.default_rng(0)
+    metric, kept = generator.random((40, 48), np.float32), generator.random((40, 48)) < 0.6
+    kept[0], kept[1], kept[:, 0], kept[:, 1] = True, False, True, False
+    arguments = ([jnp.asarray(metric)], [jnp.asarray(kept)], jnp.float32(0.3), masks.AXES[granularity])
+    counted, by_top_k = (np.asarray(masks.count_swaps(*arguments, how)) for how in HOW)
+    assert len(np.unique(counted)) > 3 and counted.min() == 0
+    np.testing.assert_array_equal(by_top_k, counted)
+
+
+@pytest.mark.parametrize("sharded", [(), (0,), (1,)])
+def test_the_selector_sorts_only_groups_on_one_device(sharded):
+    scores, mask, alpha = jnp.ones((4, 8)), jnp.ones((4, 8), bool), jnp.float32(1)
+    outputs_whole, inputs_whole = 1 not in sharded, 0 not in sharded
+
+    def sorts(call, select):
+        return "top_k" in str(jax.make_jaxpr(lambda s: call(select, s))(scores))
+
+    calls = [
+        (lambda select, s: select.keep_highest(s, 2, (1,)), outputs_whole),
+        (lambda select, s: select.keep_highest(s, 2, (0,)), inputs_whole),
+        (lambda select, s: select.keep_highest(s, 2, (0, 1)), False),
+        (lambda select, s: select.keep_n_of_m(s, 2, 4), outputs_whole),
+        (lambda select, s: select.swap(s, mask, alpha, "output1"), outputs_whole),
+        (lambda select, s: select.swap(s, mask, alpha, "input1"), inputs_whole),
+        (lambda select, s: select.swap(s, mask, alpha, "layer"), False),
+        (lambda select, s: select.swap_n_of_m(s, mask, alpha, 2, 4), outputs_whole),
+    ]
+    assert [sorts(call, Selector("top_k", sharded)) for call, _ in calls] == [expected for _, expected in calls]
+    assert not any(sorts(call, Selector("count", sharded)) for call, _ in calls)
+
+
+def test_top_k_beside_a_sharded_axis():
+    """Groups lie on one device, and different ones on different devices: nothing of the result changes."""
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    generator = np.random.default_rng(1)
+    metric, kept = generator.random((8, 16), np.float32), generator.random((8, 16)) < 0.5
+    for granularity, spec in (("output1", P("model", None)), ("input1", P(None, "model"))):
+        given = [jax.device_put(array, NamedSharding(mesh, spec)) for array in (metric, kept)]
+        with jax.set_mesh(mesh):
+            got = swap(given[:1], given[1:], 1.0, granularity, "top_k")[0]
+        want = expected_swap([metric], [kept], 1.0, granularity)[0]
+        np.testing.assert_array_equal(np.asarray(got), want)
 
 
 def test_literal_swap():

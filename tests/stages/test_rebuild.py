@@ -1,11 +1,14 @@
 """The rebuild as a stage: every granularity, N:M, retained updates, alpha chosen by validation."""
 
+import json
+
 import numpy as np
 import pytest
 from cli import masks_of, prune_masks
 from stage_contract import StageContract
 
 from barber_jax.console.errors import BarberError
+from barber_jax.masks.selector import Selector
 
 
 class TestRebuild(StageContract):
@@ -49,6 +52,23 @@ def test_every_comparison_group_keeps_its_count(granularity, axis, tiny, tiny_id
 def test_n_of_m_is_rebuilt_within_outputs_alone(tiny, tiny_ids, tmp_path):
     with pytest.raises(BarberError, match="N:M patterns are rebuilt within an output"):
         prune_masks(tmp_path / "out", tiny(), tiny_ids, "--pattern", "2:4", "--granularity", "layer")
+
+
+@pytest.mark.parametrize(
+    "options", [("--granularity", "output1"), ("--pattern", "2:4", "--method", "sparsegpt")], ids=("output1", "2:4")
+)
+def test_top_k_gives_the_masks_of_counting(options, tiny, tiny_ids, tmp_path, monkeypatch):
+    used, implementation = [], Selector.implementation
+    monkeypatch.setattr(Selector, "implementation", lambda *given: used.append(implementation(*given)) or used[-1])
+    masks = {}
+    for how in ("count", "top_k"):
+        line = ["--samples", 4, "--length", 16, "--alpha", 0.5, "--selection", how, *options]
+        masks[how] = prune_masks(tmp_path / how, tiny(), tiny_ids, *line)
+        assert set(used) == {how}
+        assert json.loads((tmp_path / how / "run.json").read_text())["options"]["selection"] == how
+        used.clear()
+    for name, mask in masks["count"].items():
+        np.testing.assert_array_equal(masks["top_k"][name], mask, err_msg=name)
 
 
 def test_a_second_round_rebuilds_what_the_first_one_left(tiny, tiny_ids, tmp_path):

@@ -1,0 +1,77 @@
+"""Precision of matrix products and the choice of the selection: what the options reach, and what they change."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from cli import prune_masks
+
+from barber_jax import prune
+from barber_jax.config import PruneConfig
+from barber_jax.console.errors import BarberError
+from barber_jax.devices.settings import choose_selection, set_precision
+from barber_jax.eval import benchmark
+from barber_jax.run.resume import run_identity
+
+
+class Nothing:
+    def sources(self):
+        return []
+
+
+def identity(**options):
+    return run_identity(PruneConfig(ckpt="x", out="y", **options).as_dict(), Nothing(), None, None)
+
+
+@pytest.fixture
+def default_precision():
+    yield
+    jax.config.update("jax_default_matmul_precision", None)
+
+
+def precision_of_a_product():
+    product = jax.make_jaxpr(jnp.matmul)(jnp.ones((2, 2)), jnp.ones((2, 2))).eqns[-1]
+    return product.params["precision"]
+
+
+@pytest.mark.parametrize("given", ["highest", "high", "default", None])
+def test_matrix_products_of_a_run_have_the_given_precision(given, tiny, tiny_ids, tmp_path, monkeypatch):
+    found = []
+
+    def stop(*_):
+        found.append(precision_of_a_product())
+        raise BarberError("seen")
+
+    monkeypatch.setattr(prune, "check_inputs", stop)
+    with pytest.raises(BarberError, match="seen"):
+        prune_masks(tmp_path / "out", tiny(), tiny_ids, *(["--matmul-precision", given] if given else []))
+    precision = getattr(jax.lax.Precision, (given or "highest").upper())
+    assert found == [(precision, precision)]
+
+
+def test_the_precision_of_a_benchmark(tmp_path, monkeypatch, default_precision):
+    """Its peak is measured in the precision of the run."""
+    found = []
+    monkeypatch.setattr(benchmark, "benchmark", lambda _: found.append(precision_of_a_product()) or {})
+    monkeypatch.setattr(benchmark, "show", lambda _: None)
+    benchmark.run(["--ckpt", "x", "--matmul-precision", "high", "--compilation-cache", str(tmp_path)])
+    assert found == [(jax.lax.Precision.HIGH, jax.lax.Precision.HIGH)]
+
+
+def test_commands_without_the_option_compute_in_full_precision(default_precision):
+    set_precision()
+    assert precision_of_a_product() == (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
+
+
+def test_what_the_options_change():
+    """The precision changes the result; how weights are selected does not."""
+    assert identity(matmul_precision="high") != identity()
+    assert identity(selection="top_k") == identity()
+    line = PruneConfig(ckpt="x", out="y", matmul_precision="high", selection="top_k").command_line()
+    assert line[line.index("--matmul-precision") + 1] == "high" and "--selection" not in line
+
+
+def test_auto_decides_by_platform():
+    assert choose_selection("auto", "cpu") == "count"
+    for platform in ("cpu", "gpu", "tpu", "other"):
+        assert choose_selection("auto", platform) in ("count", "top_k")
+        assert [choose_selection(given, platform) for given in ("top_k", "count")] == ["top_k", "count"]
