@@ -11,6 +11,7 @@ from jax import export
 from barber_jax.criteria import CRITERIA, allocation, sparsegpt, starting
 from barber_jax.forward import passes, perplexity
 from barber_jax.masks.pattern import SparsityPattern
+from barber_jax.masks.selector import Selector
 from barber_jax.models import build_model
 from barber_jax.models.sharding import kernel_axes
 from barber_jax.stages import exact_swaps, gradients, layerwise, loss, rebuild, targets, training
@@ -101,8 +102,9 @@ def test_rebuild(model, place):
     scores = {path: like(mask.shape) for path, mask in masks.items()}
     settings = [(granularity, SparsityPattern(0.5)) for granularity in ("output1", "input1", "layer", "block")]
     for granularity, pattern in [*settings, ("output1", SparsityPattern(0.5, 2, 4))]:
-        swap = partial(rebuild.swap_masks, sub, granularity=granularity, pattern=pattern)
-        lower(swap, scores, masks, like(()))
+        for how in ("count", "top_k"):
+            swap = partial(rebuild.swap_masks, sub, granularity=granularity, pattern=pattern, selection=how)
+            lower(swap, scores, masks, like(()))
     lower(lambda p, m, d, s: loss.advance(block, sub, p, m, d, s), weights, masks, stream, stream)
 
 
@@ -155,7 +157,8 @@ def test_outliers_of_a_block(model):
 
 
 @pytest.mark.parametrize("pattern", [SparsityPattern(0.5), SparsityPattern(0.5, 2, 4)], ids=str)
-def test_starting_criteria(model, pattern):
+@pytest.mark.parametrize("select", [Selector("count"), Selector("top_k")], ids=lambda select: select.preferred)
+def test_starting_criteria(model, pattern, select):
     model, dtype = model
     block = model.block()
     shapes = dict(block.shapes)
@@ -171,7 +174,7 @@ def test_starting_criteria(model, pattern):
                 start = partial(starting._start_matrix, CRITERIA[method], kernel_axes(sub, path))
                 quota = CRITERIA[method].quota(shapes[path][::-1], 0.5)
                 lower(
-                    lambda kernel, seen, quota, start=start: start(kernel, seen, 128, pattern, quota)[0],
+                    lambda kernel, seen, quota, start=start: start(kernel, seen, 128, pattern, quota, select)[0],
                     like(shapes[path], dtype),
                     statistic,
                     () if pattern.structured else tuple(like((), jnp.int32) for _ in quota),
