@@ -53,8 +53,8 @@ def set_precision(precision: MatmulPrecision = "highest") -> None:
 def choose_selection(option: SelectionOption, platform: str) -> Literal["top_k", "count"]:
     """Implementation of `masks.selection` for a platform (cpu, gpu, tpu) and the value of --selection.
 
-    `auto` is what is faster in figures measured on the platform (docs/results.md): counting is on a CPU and, but for the
-    starting mask of `output1` groups, where they are equal, on a GPU. There are none of a TPU yet.
+    `auto` is what is faster in figures measured on the platform (docs/results.md): counting is on a CPU and on a GPU,
+    where top_k is a little faster in one case of six. There are none of a TPU yet.
     """
     fastest: dict[str, Literal["top_k", "count"]] = {"cpu": "count", "gpu": "count", "tpu": "count"}
     return fastest.get(platform, "count") if option == "auto" else option

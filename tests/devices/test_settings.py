@@ -1,5 +1,7 @@
 """Precision of matrix products and the choice of the selection: what the options reach, and what they change."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -8,6 +10,7 @@ from cli import prune_masks
 from barber_jax import prune
 from barber_jax.config import PruneConfig
 from barber_jax.console.errors import BarberError
+from barber_jax.devices import settings
 from barber_jax.devices.settings import choose_selection, set_precision
 from barber_jax.eval import benchmark
 from barber_jax.run.resume import run_identity
@@ -68,6 +71,27 @@ def test_what_the_options_change():
     assert identity(selection="top_k") == identity()
     line = PruneConfig(ckpt="x", out="y", matmul_precision="high", selection="top_k").command_line()
     assert line[line.index("--matmul-precision") + 1] == "high" and "--selection" not in line
+
+
+@pytest.mark.parametrize(
+    ("plugins", "given", "flags"),
+    [
+        ([], "--a=1", "--a=1"),
+        (["xla_tpu"], "--a=1", "--a=1"),
+        (["xla_cuda13"], "", " ".join(settings.GPU_FLAGS)),
+        (["xla_rocm60"], "--a=1", " ".join([*settings.GPU_FLAGS, "--a=1"])),
+        # What the user asks for stays.
+        (["cuda12"], "--xla_gpu_deterministic_ops=false", f"{settings.GPU_FLAGS[1]} --xla_gpu_deterministic_ops=false"),
+    ],
+)
+def test_gpu_programs_are_deterministic(plugins, given, flags, monkeypatch):
+    class Plugins:
+        names = plugins
+
+    monkeypatch.setattr(settings.importlib.metadata, "entry_points", lambda group: Plugins)
+    monkeypatch.setenv("XLA_FLAGS", given)
+    settings.set_gpu_determinism()
+    assert os.environ["XLA_FLAGS"] == flags
 
 
 def test_auto_decides_by_platform():
