@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -65,8 +66,9 @@ def prune(config: PruneConfig) -> dict:
         start, config, sparsity = open_start(config, checkpoint, sparse, model, devices, progress, selection)
         config = dataclasses.replace(config, batch=config.batch or passes.default_batch(config.length))
         owl = config.allocate == "owl"
-        ids = calibration_ids(config, checkpoint, model) if start.needs_stream or config.runs_stages or owl else None
-        windows = evaluation_windows(config, checkpoint, model)
+        uses_ids = start.needs_stream or config.runs_stages or owl
+        ids = calibration_ids(config, checkpoint, model, progress.say) if uses_ids else None
+        windows = evaluation_windows(config, checkpoint, model, progress.say)
         identity = run_identity(config.as_dict(), checkpoint, sparse, ids)
         require_agreement("options or files", identity)
         state, writer = None, None
@@ -155,8 +157,10 @@ def open_start(
     return CriterionStart(criterion, model, config.samples, pattern, progress.say, selection), config, pattern.sparsity
 
 
-def calibration_ids(config: PruneConfig, checkpoint: Checkpoint, model: Model) -> np.ndarray:
-    """Load the calibration token ids, int32 [samples, length]."""
+def calibration_ids(
+    config: PruneConfig, checkpoint: Checkpoint, model: Model, say: Callable[[str], None]
+) -> np.ndarray:
+    """Load the calibration token ids, int32 [samples, length]; `say` prints a line."""
     return load_calibration(
         config.calibration,
         checkpoint.tokenizer,
@@ -165,18 +169,22 @@ def calibration_ids(config: PruneConfig, checkpoint: Checkpoint, model: Model) -
         seed=config.seed,
         vocab_size=model.vocabulary,
         text_field=config.text_field,
+        say=say,
     )
 
 
-def evaluation_windows(config: PruneConfig, checkpoint: Checkpoint, model: Model) -> np.ndarray | None:
+def evaluation_windows(
+    config: PruneConfig, checkpoint: Checkpoint, model: Model, say: Callable[[str], None]
+) -> np.ndarray | None:
     """Read the evaluation text as windows of token ids, int32 [windows, length]; None if none is given.
 
-    This happens before pruning, so that a text that cannot be read is reported at once.
+    This happens before pruning, so that a text that cannot be read is reported at once. `say` prints a line.
     """
     if not (config.eval_text or config.eval_dataset):
         return None
     source = {"path": config.eval_text, "dataset": config.eval_dataset, "text_field": config.text_field}
-    ids = evaluation_ids(checkpoint.tokenizer, **source)
+    needed = config.eval_windows and config.eval_windows * config.length
+    ids = evaluation_ids(checkpoint.tokenizer, **source, needed=needed, say=say)
     name = str(config.eval_text or config.eval_dataset)
     return cut_windows(
         ids, config.length, config.eval_windows or default_windows(config.eval_dataset), name, model.vocabulary

@@ -83,17 +83,19 @@ def evaluate(config: PerplexityConfig) -> list[dict]:
     devices = Devices.of(parse_mesh(config.mesh))
     # The last micro-batch is padded, so the number of windows need not be a multiple of the data axis.
     devices.check(model.block(), devices.shape[0])
-    sources = [(str(path), load_ids(Path(os.path.expanduser(path)))) for path in config.tokens]
-    for path in config.text:
-        sources.append((str(path), evaluation_ids(checkpoint.tokenizer, path=path, text_field=config.text_field)))
-    for name in config.dataset:
-        sources.append((name, evaluation_ids(checkpoint.tokenizer, dataset=name)))
-    texts = []
-    for source, ids in sources:
-        windows = config.windows or default_windows(source)
-        texts.append((source, cut_windows(ids, config.length, windows, source, model.vocabulary)))
     results = []
     with Progress(silent=not is_primary()) as progress:
+        sources = [(str(path), load_ids(Path(os.path.expanduser(path)))) for path in config.tokens]
+        for path in config.text:
+            bounds = {"needed": config.windows and config.windows * config.length, "say": progress.say}
+            ids = evaluation_ids(checkpoint.tokenizer, path=path, text_field=config.text_field, **bounds)
+            sources.append((str(path), ids))
+        for name in config.dataset:
+            sources.append((name, evaluation_ids(checkpoint.tokenizer, dataset=name)))
+        texts = []
+        for source, ids in sources:
+            windows = config.windows or default_windows(source)
+            texts.append((source, cut_windows(ids, config.length, windows, source, model.vocabulary)))
         for source, windows in texts:
             with progress.phase(f"perplexity on {Path(source).name}", model.layers, announce=True) as phase:
                 offload = config.offload_activations

@@ -5,6 +5,9 @@ May import: console.
 | module | what it holds |
 |---|---|
 | `text` | documents of local files and of Hub datasets, and their token ids |
+| `local` | documents of local files and folders, one after another |
+| `lines`, `columns` | .txt and JSON; .parquet, .arrow and saved datasets |
+| `sampling` | token ids of local text in bounded memory |
 | `calibration` | calibration samples |
 | `windows` | evaluation windows |
 | `hub` | check that the Hub can be reached |

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from barber_jax.console.errors import BarberError
+from barber_jax.console.files import check_fetched
 from barber_jax.console.options import OptionGroup
-from barber_jax.data import text
+from barber_jax.data import sampling, text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,7 +29,7 @@ class CalibrationOptions(OptionGroup):
     """Calibration data."""
 
     calibration: str = "c4"
-    """c4, wikitext2, ptb, a .txt/.jsonl/.parquet/.arrow file, a saved dataset folder, or .npy token ids."""
+    """c4, wikitext2, ptb, a .txt/.jsonl/.json/.parquet/.arrow file, a folder of such, or .npy token ids."""
     text_field: str = "text"
     """Name of the text column, in files with columns."""
     samples: int = 128
@@ -57,6 +58,7 @@ def load_calibration(
     seed: int,
     vocab_size: int,
     text_field: str = "text",
+    say: Callable[[str], None] | None = None,
 ) -> np.ndarray:
     """Load calibration token ids, int32 [samples, length]; the same arguments always give the same ids.
 
@@ -65,9 +67,11 @@ def load_calibration(
         c4: sampled as by Wanda: documents are drawn at random, with replacement, from the first training shard; each
             that is longer than `length` tokens gives one random window.
         wikitext2, ptb: random windows of the training split, joined by blank lines (ptb: by spaces) and tokenized once.
-        another path: the documents read by `text.read_documents`, without exact duplicates, are joined by blank
-            lines, tokenized once and cut into consecutive windows without overlap, of which `samples` are drawn at
-            random without replacement.
+        another path: the documents read by `local.iterate_documents`, without exact duplicates and null rows. Up to
+            4 million characters of them are joined by blank lines, tokenized once and cut into consecutive windows
+            without overlap, of which `samples` are drawn at random without replacement. Of more text, documents in
+            random order are joined and tokenized until there is enough for `samples` such windows, which are used in
+            this order (`sampling.sample_ids`).
 
     Text is tokenized with the special tokens that the tokenizer adds by default, at the ends of the whole text or, for
     c4, of each document.
@@ -80,6 +84,7 @@ def load_calibration(
         seed: seed of every random choice.
         vocab_size: ids must be in [0, vocab_size).
         text_field: name of the text field, for a local file with fields.
+        say: prints a line: how many rows are null.
 
     Raises:
         BarberError: `samples` or `length` is below 1; `source` is missing, damaged or of an unknown kind; there is too
@@ -88,13 +93,14 @@ def load_calibration(
     for option, value in (("samples", samples), ("length", length)):
         if value < 1:
             raise BarberError(f"--{option} {value}: it must be at least 1")
-    if source.endswith(".npy"):
+    if source.lower().endswith(".npy"):
         windows = _npy_windows(Path(os.path.expanduser(source)), samples, length)
     elif source in text.HUB_DATASETS:
         windows = _hub_windows(source, tokenizer, samples, length, random.Random(seed))
     else:
-        ids = _file_ids(source, tokenizer, text_field)
-        windows = _disjoint_windows(source, ids, samples, length, random.Random(seed))
+        windows, nulls = _file_windows(source, tokenizer, text_field, samples, length, seed)
+        if nulls and say:
+            say(text.null_rows(source, nulls))
     check_ids(source, windows, vocab_size)
     return windows.astype(np.int32)
 
@@ -105,6 +111,7 @@ def load_ids(path: Path) -> np.ndarray:
     Raises:
         BarberError: the file is missing, damaged, empty or not a single array, or its dtype is not an integer type.
     """
+    check_fetched(path)
     try:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as error:
@@ -180,27 +187,36 @@ def _random_window(ids: np.ndarray, length: int, rng: random.Random) -> np.ndarr
     return ids[start : start + length]
 
 
-def _file_ids(source: str, tokenizer: Callable[[], "PreTrainedTokenizerBase"], text_field: str) -> np.ndarray:
+def _file_windows(
+    source: str,
+    tokenizer: Callable[[], "PreTrainedTokenizerBase"],
+    text_field: str,
+    samples: int,
+    length: int,
+    seed: int,
+) -> tuple[np.ndarray, int]:
+    """Windows of a local file, and its number of null rows."""
     path = Path(os.path.expanduser(source))
     if not path.exists():
         known = ", ".join(text.HUB_DATASETS)
         raise BarberError(
             f"{source}: neither a dataset ({known}) nor a file; give one of these, .npy, {text.FILE_TYPES}"
         )
-    documents = dict.fromkeys(text.read_documents(path, text_field))
-    return text.tokenize(tokenizer(), "\n\n".join(documents))
-
-
-def _disjoint_windows(source: str, ids: np.ndarray, samples: int, length: int, rng: random.Random) -> np.ndarray:
-    """Draw `samples` of the consecutive windows of `length` tokens without replacement, in the order of drawing."""
+    documents, nulls = sampling.read_small(path, text_field)
+    if documents is None:
+        ids, nulls = sampling.sample_ids(path, text_field, tokenizer(), samples * length, length, seed)
+    else:
+        ids = text.tokenize(tokenizer(), "\n\n".join(documents))
     count = len(ids) // length
     if count < samples:
         raise BarberError(
-            f"{source}: {len(ids)} tokens, but {samples} samples of {length} need {samples * length}; "
+            f"{source}: {len(ids)} tokens, but {samples} samples of {length} need {samples * length}"
+            f"{f' ({nulls} rows are null)' if nulls else ''}; "
             "lower --samples or length, or give more text"
         )
-    chosen = rng.sample(range(count), samples)
-    return ids[: count * length].reshape(count, length)[chosen]
+    # A small text's windows are drawn without replacement; those of a large one are in random order already.
+    chosen = range(samples) if documents is None else random.Random(seed).sample(range(count), samples)
+    return ids[: count * length].reshape(count, length)[chosen], nulls
 
 
 def check_ids(source: str, ids: np.ndarray, vocab_size: int) -> None:

@@ -1,5 +1,6 @@
 """Calibration: every source, every refusal, and the sampling conventions, with a tokenizer made on the spot."""
 
+import gzip
 import json
 import random
 import subprocess
@@ -20,8 +21,10 @@ from transformers import PreTrainedTokenizerFast
 from barber_jax.console.errors import BarberError
 from barber_jax.data import text
 from barber_jax.data.calibration import load_calibration
+from barber_jax.data.windows import evaluation_ids
 
 VOCAB = 1000
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 9085657\n"
 
 
 @pytest.fixture(autouse=True)
@@ -93,8 +96,50 @@ def test_every_format_gives_the_same_documents(tmp_path, kind):
 def test_txt_is_one_document_with_universal_newlines(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("\ufeff one\r\n\r\n twö \n\rthree\u2028\n".encode())
-    assert text.read_documents(path) == ["\ufeff one\n\n twö \n\nthree\u2028\n"]
-    assert text.read_documents(path) == [path.read_text(encoding="utf-8")]
+    assert text.read_documents(path) == [" one\n\n twö \n\nthree\u2028\n"]
+    assert text.read_documents(path) == [path.read_text(encoding="utf-8-sig")]
+
+
+def json_lines(documents) -> bytes:
+    return "".join(json.dumps({"text": document}) + "\n" for document in documents).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("c4-train.00000-of-01024.json.gz", gzip.compress(json_lines("ab"))),
+        ("c4-train.00000-of-01024.json", json_lines("ab")),
+        ("array.json", json.dumps([{"text": "a"}, {"text": "b"}], indent=1).encode()),
+        ("UPPER.JSONL", b"\xef\xbb\xbf" + json_lines("ab")),
+        ("a.Jsonl.GZ", gzip.compress(b"\xef\xbb\xbf" + json_lines("ab"))),
+    ],
+)
+def test_json_under_every_name(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert text.read_documents(tmp_path / name) == ["a", "b"]
+
+
+def test_gzipped_txt(tmp_path):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"\xef\xbb\xbfone\r\ntwo"))
+    assert text.read_documents(tmp_path / "a.txt.gz") == ["one\ntwo"]
+
+
+def test_folder_of_shards_is_read_in_the_order_of_names(tmp_path):
+    for index, document in [(1, "b"), (0, "a")]:
+        write_documents(tmp_path, "parquet", [document]).rename(tmp_path / f"train-0000{index}-of-00002.parquet")
+    (tmp_path / "README.md").write_text("no data")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    assert text.read_documents(tmp_path) == ["a", "b"]
+    # Where names tell splits apart, only train is read.
+    write_documents(tmp_path, "parquet", ["held out"]).rename(tmp_path / "test-00000-of-00001.parquet")
+    assert text.read_documents(tmp_path) == ["a", "b"]
+    (tmp_path / "a.jsonl").write_bytes(json_lines("c"))
+    refused(tmp_path, r"holds \.jsonl and \.parquet files")
+
+
+def test_folder_without_the_split_train(tmp_path):
+    write_documents(tmp_path, "parquet", ["held out"]).rename(tmp_path / "validation-00000-of-00001.parquet")
+    refused(tmp_path, "no split 'train'")
 
 
 def test_the_only_split_is_read_whatever_its_name(tmp_path):
@@ -119,7 +164,18 @@ def test_an_edited_file_is_not_read_from_a_cache(tmp_path):
     [
         ("a.txt", b"", "empty"),
         ("a.txt", b"ab\xe9", "not UTF-8 at byte 2"),
-        ("a.csv", b"text\n", r"unknown suffix '\.csv'; give \.txt, \.jsonl"),
+        ("a.csv", b"text\n", r"unknown suffix '\.csv'; give \.txt, \.jsonl.*write it as \.parquet: pandas\.read_csv"),
+        ("a.md", b"text\n", r"unknown suffix '\.md'; give \.txt.*copy it to a \.txt"),
+        ("a.parquet.gz", b"text\n", r"unknown suffix '\.gz'; give \.txt"),
+        ("a.jsonl.gz", b"text\n", "damaged or not gzip"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "damaged or not gzip"),
+        ("a.json", b'[{"text": "a"}, 3]', "row 1 is not a JSON object"),
+        ("a.json", b'[{"text": "a"},\n', "the array in it is not JSON"),
+        ("a.json", b'{\n"text": "a"}\n', "line 1 is not JSON .*; write one object per line"),
+        ("a.jsonl", b'{"text": null}\n', "every row is null"),
+        ("a.parquet", LFS_POINTER, "Git LFS pointer.*git lfs pull"),
+        ("a.jsonl", LFS_POINTER, "Git LFS pointer"),
+        ("a.npy", LFS_POINTER, "Git LFS pointer"),
         ("a.jsonl", b"", "empty"),
         ("a.jsonl", b"\n \n", "no rows"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text":\n', "line 3 is not JSON"),
@@ -147,9 +203,15 @@ def test_refused_fields(tmp_path, kind):
     refused(path, "field 'number' of row 0 is not text; name another with --text-field", text_field="number")
 
 
-def test_a_missing_value_names_its_row(tmp_path):
-    datasets.Dataset.from_dict({"text": ["a", None]}).to_parquet(tmp_path / "a.parquet")
-    refused(tmp_path / "a.parquet", "field 'text' of row 1 is not text")
+@pytest.mark.parametrize("kind", FORMATS)
+def test_null_rows_are_left_out_and_counted(tmp_path, kind):
+    path, said = write_documents(tmp_path, kind, [words(1, 5), None, words(5, 9), None]), []
+    assert text.read_documents(path) == [words(1, 5), words(5, 9)]
+    assert sorted(calibrate(path, say=said.append).ravel()) == list(range(1, 9))
+    ids = evaluation_ids(lambda: TOKENIZER, path=path, say=said.append)
+    np.testing.assert_array_equal(ids, range(1, 9))
+    assert said == [f"{path}: left out 2 rows without text (null)"] * 2
+    refused(path, r"8 tokens, .* \(2 rows are null\)", samples=3)
 
 
 @pytest.mark.parametrize("kind", ["parquet", "stream.arrow", "file.arrow"])
