@@ -36,8 +36,8 @@ def iterate_documents(path: Path, text_field: str = "text", longest: int | None 
     Args:
         path: .txt (the whole file is one document, with newlines read as LF, as by Python's open()), .jsonl or .json
             (one object per line; .json may also be one array of objects), each of these also with .gz; .parquet;
-            .arrow (stream or file format); a folder of .parquet, .jsonl or .json files, which are read in the order
-            of their names, only those of the split `train` where names tell splits apart; or a folder written by
+            .arrow (stream or file format); a folder of .parquet, .arrow, .jsonl or .json files, which are read in the
+            order of their names, only those of the split `train` where names tell splits apart; or a folder written by
             `datasets.save_to_disk`, of which the split `train`, or the only split, is read. A byte order mark is
             skipped.
         text_field: name of the text field; .txt has none.
@@ -123,11 +123,13 @@ def _folder_documents(path: Path, field: str) -> Iterator[Document]:
 
 def _shards(folder: Path) -> list[Path]:
     """The files of a folder that hold its documents, in the order of their names."""
+    # Not the descriptions that lie beside them, dataset_info.json among them.
     named = [file for file in sorted(folder.iterdir()) if not file.name.startswith((".", "_", "dataset_info"))]
-    shards = [file for file in named if file.is_file() and _kind(file) in (".parquet", ".jsonl", ".json")]
+    shards = [file for file in named if file.is_file() and _kind(file) not in (None, ".txt")]
     if not shards:
         raise BarberError(
-            f"{folder}: not a folder of datasets.save_to_disk, nor one of .parquet or .jsonl files; give {FILE_TYPES}"
+            f"{folder}: not a folder of datasets.save_to_disk, nor one of .parquet, .arrow or .jsonl files; "
+            f"give {FILE_TYPES}"
         )
     kinds = sorted({_kind(file) for file in shards})
     if len(kinds) > 1:

@@ -124,17 +124,19 @@ def test_gzipped_txt(tmp_path):
     assert text.read_documents(tmp_path / "a.txt.gz") == ["one\ntwo"]
 
 
-def test_folder_of_shards_is_read_in_the_order_of_names(tmp_path):
+@pytest.mark.parametrize("kind", ["parquet", "stream.arrow"])
+def test_folder_of_shards_is_read_in_the_order_of_names(tmp_path, kind):
+    suffix = Path(f"a.{kind}").suffix
     for index, document in [(1, "b"), (0, "a")]:
-        write_documents(tmp_path, "parquet", [document]).rename(tmp_path / f"train-0000{index}-of-00002.parquet")
+        write_documents(tmp_path, kind, [document]).rename(tmp_path / f"train-0000{index}-of-00002{suffix}")
     (tmp_path / "README.md").write_text("no data")
     (tmp_path / "dataset_infos.json").write_text("{}")
     assert text.read_documents(tmp_path) == ["a", "b"]
     # Where names tell splits apart, only train is read.
-    write_documents(tmp_path, "parquet", ["held out"]).rename(tmp_path / "test-00000-of-00001.parquet")
+    write_documents(tmp_path, kind, ["held out"]).rename(tmp_path / f"test-00000-of-00001{suffix}")
     assert text.read_documents(tmp_path) == ["a", "b"]
     (tmp_path / "a.jsonl").write_bytes(json_lines("c"))
-    refused(tmp_path, r"holds \.jsonl and \.parquet files")
+    refused(tmp_path, r"holds .*\.jsonl.* files; give one of them, or a folder of one kind")
 
 
 def test_folder_without_the_split_train(tmp_path):
