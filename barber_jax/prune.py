@@ -79,6 +79,8 @@ def prune(config: PruneConfig) -> dict:
             switches = {"resume": config.resume, "overwrite": config.overwrite}
             run_folder = sibling_path(config.out, ".run")
             state = stack.enter_context(open_state(run_folder, identity, model.layers, progress.say, **switches))
+            if writer.no_tokenizer:
+                progress.say(writer.no_tokenizer)
         progress.say(headline(config.as_dict(), checkpoint, model, devices))
         dense = measure_perplexity(config, checkpoint, model, windows, progress, "dense model") if writer else None
         with devices.context():

@@ -6,7 +6,8 @@ May import: console, masks, models, data.
 |---|---|
 | `checkpoint` | the interface of every reader: tensors are read one at a time |
 | `folder`, `hf_folder`, `torch_bin`, `orbax_folder` | readers of checkpoint folders |
-| `gguf_file`, `gguf_header`, `gguf_config`, `gguf_tokenizer` | the reader of .gguf files |
+| `tensor_names` | stored tensor names -> Hugging Face's names of the whole model |
+| `gguf_file`, `gguf_header`, `gguf_split`, `gguf_config`, `gguf_tokenizer` | the reader of .gguf files |
 | `download` | downloads from the Hugging Face Hub |
 | `parameters` | Hugging Face tensors <-> Flax parameters |
 | `export`, `safetensors_writer`, `formats` | writers |

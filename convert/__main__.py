@@ -1,6 +1,7 @@
 """python -m barber_jax.convert: convert a checkpoint to another format, without pruning it."""
 
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,8 @@ def convert(config: ConvertConfig) -> None:
     checkpoint = open_checkpoint(config.ckpt)
     check_tensors(checkpoint, build_model(checkpoint.config, jnp.dtype("float32")))
     with FolderWriter(config.out, checkpoint) as writer:
+        if writer.no_tokenizer:
+            print(writer.no_tokenizer, file=sys.stderr)
         writer.finish(set())
         record = _copy_masks_and_load_record(checkpoint, writer.folder)
         apply_format(writer.folder, config.format)

@@ -63,9 +63,18 @@ def _load_model(spec: str) -> "transformers.PreTrainedModel":
     import transformers
 
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(spec, dtype="auto", trust_remote_code=False)
+        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            spec, dtype="auto", trust_remote_code=False, output_loading_info=True
+        )
     except Exception as error:  # transformers passes on exceptions of its file readers, of many types
         raise BarberError(f"--model {spec}: cannot load it: {str(error) or type(error).__name__}") from error
+    if loading["missing_keys"]:
+        # transformers fills it with random weights and goes on.
+        raise BarberError(
+            f"--model {spec}: tensor {min(loading['missing_keys'])} is not in it under this name; "
+            "python -m barber_jax.convert writes the model with the usual names"
+        )
+    return model
 
 
 def _save(spec: str, model: "transformers.PreTrainedModel", out: Path) -> None:

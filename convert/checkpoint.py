@@ -5,6 +5,7 @@ the format.
 """
 
 import abc
+import json
 import math
 import os
 from pathlib import Path
@@ -55,11 +56,18 @@ class Checkpoint(abc.ABC):
         """Load the model's `transformers` tokenizer. Raises BarberError if there is none."""
 
     @abc.abstractmethod
-    def save_tokenizer(self, folder: Path) -> None:
+    def save_tokenizer(self, folder: Path) -> str | None:
         """Write the tokenizer's files, and small files such as generation_config.json, to `folder`.
 
         config.json is not written. Files that the checkpoint does not have are skipped.
+
+        Returns:
+            Why no tokenizer is written although the checkpoint has one, as a line; else None.
         """
+
+    def mask(self, name: str) -> np.ndarray | None:
+        """The mask of a tensor, bool, True = kept, where the checkpoint itself holds one; else None."""
+        return None
 
     def size(self, name: str) -> int:
         """Number of elements of a tensor."""
@@ -107,8 +115,27 @@ def _open_folder(folder: Path, location: str | None = None) -> Checkpoint:
         from barber_jax.convert.orbax_folder import OrbaxCheckpoint
 
         return OrbaxCheckpoint(folder, location)
+    _refuse_adapter(folder, location or str(folder))
+    found = min(folder.glob("*.gguf"), default=None)
+    if found:
+        raise BarberError(f"{location or folder}: holds a GGUF file; give {found} itself")
     # Raises an error that names the missing file.
     return HFFolder(folder, location)
+
+
+def _refuse_adapter(folder: Path, location: str) -> None:
+    """Raise BarberError if a folder without weights of a model holds a PEFT adapter."""
+    if not (folder / "adapter_config.json").is_file():
+        return
+    try:
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        base = None
+    model = f" {base}" if isinstance(base, str) and len(base) < 200 else ""
+    raise BarberError(
+        f"{location}: a PEFT adapter, not a model; merge it into its base model{model} with PEFT's merge_and_unload(), "
+        "save that and give its folder"
+    )
 
 
 def split_files(sizes: dict[str, int], largest: int = MAX_FILE_BYTES) -> dict[str, str]:

@@ -31,7 +31,7 @@ def download(repository: str) -> Path:
 def download_patterns(files: list[str]) -> list[str]:
     """Glob patterns of what to download from a repository that contains `files`: weights in one format only."""
     safe = any(fnmatch(file, pattern) for file in files for pattern in SAFETENSORS)
-    return ["config.json", *COMPANIONS, *(SAFETENSORS if safe else TORCH)]
+    return ["config.json", "adapter_config.json", *COMPANIONS, *(SAFETENSORS if safe else TORCH)]
 
 
 def _snapshot(repository: str) -> Path:

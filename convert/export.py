@@ -18,9 +18,10 @@ from barber_jax.console.files import writing
 from barber_jax.convert.checkpoint import Checkpoint
 from barber_jax.convert.hf_folder import INDEX, WEIGHTS
 from barber_jax.convert.safetensors_writer import SafetensorsWriter
-from barber_jax.masks.mask_file import mask_metadata, pack, packed_length
+from barber_jax.masks.mask_file import FILE_NAME, mask_metadata, pack, packed_length
+from barber_jax.models import plain_config
 
-MASKS = "masks.safetensors"
+MASKS = FILE_NAME
 START_MASKS = "start_masks.safetensors"
 RUN = "run.json"
 
@@ -80,6 +81,9 @@ class FolderWriter:
         pattern, sparsity: for the mask file's header.
         save_start: whether to write a second mask file, with the starting masks.
 
+    Attributes:
+        no_tokenizer: why the source's tokenizer is not written, as a line; None where it is, or there is none.
+
     Raises:
         BarberError: the folder cannot be written.
     """
@@ -107,7 +111,7 @@ class FolderWriter:
         self._open = contextlib.ExitStack()
         try:
             # The tokenizer is written first: if it cannot be, the run fails before the work and not after it.
-            self.write_json("config.json", source.config)
+            self.write_json("config.json", plain_config(source.config))
             self._save_tokenizer()
             self._files = {
                 file: self._open.enter_context(self._shard(file)) for file in sorted(set(source.files.values()))
@@ -124,7 +128,7 @@ class FolderWriter:
     def _save_tokenizer(self) -> None:
         try:
             with writing(self.folder):
-                self._source.save_tokenizer(self.folder)
+                self.no_tokenizer = self._source.save_tokenizer(self.folder)
         except BarberError:
             raise
         except Exception as error:

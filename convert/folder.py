@@ -10,7 +10,9 @@ import ml_dtypes
 import numpy as np
 
 from barber_jax.console.errors import BarberError
+from barber_jax.console.files import check_fetched
 from barber_jax.convert.checkpoint import Checkpoint
+from barber_jax.convert.tensor_names import stored_names
 
 COMPANIONS = (
     "generation_config.json",
@@ -60,6 +62,8 @@ class ModelFolder(Checkpoint):
 
         if not any((self.folder / file).is_file() for file in TOKENIZER_FILES):
             raise BarberError(f"{self.location}: no tokenizer there; put its files there or give token ids (.npy)")
+        for file in (*TOKENIZER_FILES, "tokenizer_config.json"):
+            check_fetched(self.folder / file)
         try:
             return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         except Exception as error:
@@ -73,6 +77,7 @@ class ModelFolder(Checkpoint):
         for pattern in COMPANIONS:
             for file in self.folder.glob(pattern):
                 if file.is_file():
+                    check_fetched(file)
                     shutil.copyfile(file, folder / file.name)
 
 
@@ -98,8 +103,9 @@ class ShardedFolder(ModelFolder):
         for name, file in shards.items():
             if name not in headers[file]:
                 raise BarberError(f"{self.folder / file}: no tensor {name}, which {self.index} names; fetch both again")
-        full_names = _full_names(shards)
-        self._stored = {full_names.get(name, name): (file, name) for name, file in shards.items()}
+        names = stored_names(shards, self.config.get("model_type"), self.location)
+        self._stored = {name: (shards[stored], stored) for name, stored in names.tensors.items()}
+        self._masks = {name: (shards[stored], stored) for name, stored in names.masks.items()}
         self._headers = {name: headers[file][stored] for name, (file, stored) in self._stored.items()}
         self.files = {name: self._exported(file) for name, (file, _) in self._stored.items()}
 
@@ -122,12 +128,30 @@ class ShardedFolder(ModelFolder):
 
     def sources(self) -> list[Path]:
         index = [self.index] if (self.folder / self.index).exists() else []
-        shards = sorted({file for file, _ in self._stored.values()})
+        shards = sorted({file for file, _ in (*self._stored.values(), *self._masks.values())})
         return [self.folder / file for file in ("config.json", *index, *shards)]
 
     def fetch(self, name: str) -> np.ndarray:
         file, stored = self._stored[name]
-        return self._fetch(self.folder / file, stored)
+        value = self._fetch(self.folder / file, stored)
+        if name not in self._masks:
+            return value
+        mask = self._fetch_mask(name)
+        # Only kept weights are multiplied: the product of a pruned one may be a negative zero or NaN.
+        return np.multiply(value, mask.astype(value.dtype), where=mask != 0, out=np.zeros_like(value))
+
+    def mask(self, name: str) -> np.ndarray | None:
+        return self._fetch_mask(name) != 0 if name in self._masks else None
+
+    def _fetch_mask(self, name: str) -> np.ndarray:
+        file, stored = self._masks[name]
+        mask = self._fetch(self.folder / file, stored)
+        if mask.shape != self.shape(name):
+            wanted = list(self.shape(name))
+            raise BarberError(
+                f"{self.folder / file}: tensor {stored} has shape {list(mask.shape)}, its weight {wanted}"
+            )
+        return mask
 
     @abc.abstractmethod
     def _open(self, file: str) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -163,22 +187,13 @@ class ShardedFolder(ModelFolder):
         raise BarberError(f"{self.location}: neither {self.weights} nor {self.index} in it; fetch the weights")
 
 
-def _full_names(names: dict[str, str]) -> dict[str, str]:
-    """Stored tensor name -> full name, for a checkpoint that was saved from the base model without its head.
-
-    Such checkpoints, OPT's published ones among them, lack the prefix `model.`. Empty for all others.
-    """
-    if any(name.startswith("model.") for name in names):
-        return {}
-    return {name: f"model.{name}" for name in names if not name.startswith("lm_head.")}
-
-
 def read_json(path: Path, absent: str) -> dict:
     """Read the JSON object in a file.
 
     Raises:
         BarberError: the file does not exist (with `absent` as the message), or is not a JSON object.
     """
+    check_fetched(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

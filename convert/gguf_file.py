@@ -14,8 +14,9 @@ from gguf.quants import dequantize
 from barber_jax.console.errors import BarberError
 from barber_jax.convert.checkpoint import Checkpoint, split_files
 from barber_jax.convert.gguf_config import llama_config
-from barber_jax.convert.gguf_header import Header, StoredTensor, read_header
-from barber_jax.convert.gguf_tokenizer import build_tokenizer, has_tokenizer, special_ids
+from barber_jax.convert.gguf_header import Header, StoredTensor
+from barber_jax.convert.gguf_split import read_parts
+from barber_jax.convert.gguf_tokenizer import UnknownTokenizer, build_tokenizer, has_tokenizer, special_ids
 
 # Hugging Face's llama has biases on all four attention projections or on none. llama.cpp also allows them on the first
 # three only; this bias is then zero.
@@ -44,7 +45,7 @@ class _Source(NamedTuple):
 
 
 class GGUFCheckpoint(Checkpoint):
-    """A .gguf file opened for reading; each tensor is decoded when it is fetched.
+    """A .gguf file, or all parts of a split one, opened for reading; each tensor is decoded when it is fetched.
 
     F32, F16 and BF16 tensors keep their dtype; all other types are dequantised to float32.
     """
@@ -56,8 +57,7 @@ class GGUFCheckpoint(Checkpoint):
             BarberError: the file is not a valid GGUF file of the llama architecture, or uses an unsupported feature.
         """
         self.location = str(path)
-        self._path = path
-        self._header = read_header(path)
+        self._header, self._parts = read_parts(path)
         try:
             self.config = self._read_config()
             self._check_blocks()
@@ -71,7 +71,7 @@ class GGUFCheckpoint(Checkpoint):
         )
 
     def sources(self) -> list[Path]:
-        return [self._path]
+        return list(dict.fromkeys(self._parts.values()))
 
     def names(self) -> list[str]:
         """Hugging Face names of all tensors, in model order."""
@@ -106,21 +106,33 @@ class GGUFCheckpoint(Checkpoint):
         """
         try:
             return build_tokenizer(self._header.fields)
+        except UnknownTokenizer as error:
+            raise BarberError(f"{self.location}: {error}; give token ids (.npy) instead") from None
         except BarberError as error:
             raise BarberError(f"{self.location}: {error}") from None
 
-    def save_tokenizer(self, folder: Path) -> None:
+    def save_tokenizer(self, folder: Path) -> str | None:
         """Write the tokenizer's files and generation_config.json to `folder`, if the file has a tokenizer.
 
+        Returns:
+            Why no tokenizer is written, if it is of an unsupported kind; else None.
+
         Raises:
-            BarberError: the tokenizer is of an unsupported kind.
+            BarberError: the tokenizer's fields are missing or inconsistent.
         """
         if not has_tokenizer(self._header.fields):
-            return
-        self.tokenizer().save_pretrained(folder)
+            return None
+        missing = None
+        try:
+            build_tokenizer(self._header.fields).save_pretrained(folder)
+        except UnknownTokenizer as error:
+            missing = f"no tokenizer is written, copy the original model's into the result ({self.location}: {error})"
+        except BarberError as error:
+            raise BarberError(f"{self.location}: {error}") from None
         ids = {key: self.config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         content = {key: value for key, value in ids.items() if value is not None}
         (Path(folder) / "generation_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        return missing
 
     def _read_config(self) -> dict:
         header = self._header
@@ -171,13 +183,13 @@ class GGUFCheckpoint(Checkpoint):
     def _read_bytes(self, stored: str, tensor: StoredTensor) -> np.ndarray:
         # A plain read, not a memory map: mapped pages would count as resident memory of the process.
         try:
-            with open(self._path, "rb") as handle:
+            with open(self._parts[stored], "rb") as handle:
                 handle.seek(tensor.offset)
                 raw = np.fromfile(handle, np.uint8, tensor.size)
         except OSError as error:
-            raise BarberError(f"{self.location}: tensor {stored} cannot be read ({error.strerror})") from None
+            raise BarberError(f"{self._parts[stored]}: tensor {stored} cannot be read ({error.strerror})") from None
         if raw.size != tensor.size:
-            raise BarberError(f"{self.location}: the file is cut short in tensor {stored}; download it again")
+            raise BarberError(f"{self._parts[stored]}: the file is cut short in tensor {stored}; download it again")
         return raw
 
 

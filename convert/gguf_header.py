@@ -14,6 +14,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from barber_jax.console.errors import BarberError
+from barber_jax.console.files import check_fetched
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -70,6 +71,7 @@ def read_header(path: Path) -> Header:
         BarberError: the file cannot be read, is not GGUF, is damaged or cut short, or holds a tensor of a type that
             the `gguf` package cannot decode.
     """
+    check_fetched(path)
     try:
         size = path.stat().st_size
         with open(path, "rb") as handle:

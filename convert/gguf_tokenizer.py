@@ -26,6 +26,10 @@ QWEN2_SPLIT = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]
 LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 
 
+class UnknownTokenizer(BarberError):
+    """The tokenizer is of a kind that cannot be built here; the file may be sound."""
+
+
 def has_tokenizer(fields: Mapping) -> bool:
     """Whether the metadata describe a tokenizer."""
     return _get(fields, "tokenizer.ggml.model", str, "none") not in ("none", "no_vocab")
@@ -60,7 +64,7 @@ def build_tokenizer(fields: Mapping) -> PreTrainedTokenizerFast:
     elif kind == "llama":
         tokenizer = _sentencepiece(fields, tokens, special["unk"])
     else:
-        raise BarberError(f"tokenizer.ggml.model {kind!r} is not supported, only 'gpt2' and 'llama'")
+        raise UnknownTokenizer(f"tokenizer.ggml.model {kind!r} is not supported, only 'gpt2' and 'llama'")
     _add_tokens(tokenizer, tokens, _numbers(fields, "tokenizer.ggml.token_type", tokens))
     add_bos, add_eos = _adds_bos_eos(fields)
     tokenizer.post_processor = _template(tokenizer, special, add_bos, add_eos)
@@ -97,7 +101,7 @@ def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
         split = Regex(QWEN2_SPLIT if name == "qwen2" else LLAMA3_SPLIT)
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         return pre_tokenizers.Sequence([pre_tokenizers.Split(split, behavior="isolated"), to_bytes])
-    raise BarberError(f"pre-tokenizer {name!r} (metadata field tokenizer.ggml.pre) is not supported")
+    raise UnknownTokenizer(f"pre-tokenizer {name!r} (metadata field tokenizer.ggml.pre) is not supported")
 
 
 def _sentencepiece(fields: Mapping, tokens: list[str], unknown: str) -> Tokenizer:

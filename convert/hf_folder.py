@@ -6,6 +6,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from barber_jax.console.errors import BarberError
+from barber_jax.console.files import check_fetched
 from barber_jax.convert.folder import FLOATS, ShardedFolder
 
 WEIGHTS = "model.safetensors"
@@ -21,6 +22,7 @@ class HFFolder(ShardedFolder):
 
     def _open(self, file: str) -> dict[str, tuple[tuple[int, ...], str]]:
         path = self.folder / file
+        check_fetched(path)
         try:
             with safe_open(path, "np") as handle:
                 slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - not a dict

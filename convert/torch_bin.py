@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from barber_jax.console.errors import BarberError
+from barber_jax.console.files import check_fetched
 from barber_jax.convert.folder import FLOATS, ShardedFolder
 
 WEIGHTS = "pytorch_model.bin"
@@ -63,6 +64,7 @@ class TorchBinFolder(ShardedFolder):
         held, state = self._unmapped
         if held == path:
             return state
+        check_fetched(path)
         try:
             with open(path, "rb") as handle:
                 mapped = handle.read(4) == b"PK\x03\x04"

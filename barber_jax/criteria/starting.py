@@ -1,5 +1,6 @@
 """Starting masks of each block: by a criterion, from a mask file, or from the zeros of a pruned checkpoint."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from barber_jax.devices.mesh import Devices
 from barber_jax.forward import passes
 from barber_jax.forward.passes import Parameters
 from barber_jax.forward.streams import Stream
-from barber_jax.masks.mask_file import Masks
+from barber_jax.masks.mask_file import FILE_NAME, Masks
 from barber_jax.masks.pattern import SparsityPattern
 from barber_jax.masks.selection import Selection
 from barber_jax.masks.selector import Selector
@@ -38,13 +39,15 @@ class StartOptions(OptionGroup):
     method: Literal[*CRITERIA] | None = None
     """Criterion of the starting mask. Default wanda, unless --masks or --sparse-ckpt is given."""
     masks: Path | None = None
-    """Start from this mask file (masks.safetensors) instead."""
+    """Start from this mask file (masks.safetensors, or its folder) instead."""
     sparse_ckpt: str | None = None
     """Start from the zeros and weights of this pruned checkpoint of the model instead; with --masks, its weights."""
 
     def settle(self) -> None:
         if self.masks is not None:
-            self._set("masks", Path(self.masks))
+            # A folder stands for the mask file in it.
+            folder = os.path.isdir(os.path.expanduser(self.masks))
+            self._set("masks", Path(self.masks) / FILE_NAME if folder else Path(self.masks))
         given = [flag(name) for name in ("masks", "sparse_ckpt") if getattr(self, name)]
         if given and self.method:
             raise BarberError(f"--method {self.method} and {given[0]} both give the starting mask; choose one")
@@ -201,8 +204,8 @@ class SparseCheckpointStart:
     Args:
         sparse: the pruned checkpoint.
         checkpoint: the dense checkpoint.
-        file: the masks of the pruned checkpoint, if known: without them a kept weight that happens to be zero counts
-            as pruned.
+        file: the masks of the pruned checkpoint, if known: without them, and where the checkpoint holds none itself,
+            a kept weight that happens to be zero counts as pruned.
 
     Raises:
         BarberError: names or shapes do not match the model; when called, if the zeros do not match `file` or the
@@ -236,7 +239,7 @@ class SparseCheckpointStart:
         masks, weights = {}, {}
         for path, name in self._model.kernel_names(index).items():
             tensor = self._sparse.read(name)
-            mask = self._file.read(name) if self._file else tensor != 0
+            mask = self._file.read(name) if self._file else _kept(self._sparse, name, tensor)
             if self._file and np.any(tensor[~mask]):
                 raise BarberError(
                     f"{self._sparse.location}: {name} is not zero everywhere that {self._file.path} prunes; "
@@ -257,8 +260,14 @@ class SparseCheckpointStart:
     def sparsity(self) -> float:
         """Fraction of zeros among all prunable weights. Reads every tensor, one at a time."""
         names = self._model.pruned_names()
-        zeros = sum(int(np.count_nonzero(self._sparse.read(name) == 0)) for name in names)
+        zeros = sum(int((~_kept(self._sparse, name, self._sparse.read(name))).sum()) for name in names)
         return zeros / sum(self._sparse.size(name) for name in names)
+
+
+def _kept(sparse: Checkpoint, name: str, tensor: np.ndarray) -> np.ndarray:
+    """Which weights of a tensor [out, in] the pruned checkpoint keeps: by its own mask if it has one, else by zeros."""
+    mask = sparse.mask(name)
+    return tensor != 0 if mask is None else mask
 
 
 def check_names_and_shapes(

@@ -15,6 +15,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from barber_jax.console.errors import BarberError
+from barber_jax.console.files import check_fetched
+
+FILE_NAME = "masks.safetensors"
+"""Name of the mask file in the folder of a pruned model."""
 
 FORMAT = "barber_jax.masks"
 VERSION = 1
@@ -152,14 +156,16 @@ class Masks:
 
 
 def read_masks(path: str | os.PathLike) -> Masks:
-    """Open a mask file and check its header; each mask is read when it is requested.
+    """Open a mask file, or that of a folder, and check its header; each mask is read when it is requested.
 
     Raises:
         BarberError: the file is missing, damaged, not a mask file, or of a newer format version.
     """
     path = Path(path)
+    path = path / FILE_NAME if path.is_dir() else path
     if not path.is_file():
         raise BarberError(f"{path}: no such file; give a masks.safetensors file")
+    check_fetched(path)
     try:
         file = safe_open(path, framework="np")
     except SafetensorError as error:

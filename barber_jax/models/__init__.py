@@ -39,10 +39,49 @@ def build_model(config: dict, dtype) -> Model:
     if not isinstance(listed, list):
         raise BarberError(f"config.json: architectures must be a list of names, not {listed!r}")
     for given in listed:
-        if given != architecture:
+        if not isinstance(given, str) or given.lower() not in _names_of(architecture):
             raise BarberError(f"config.json: architecture {given!r} is not supported, only {architecture}")
-    if config.get("quantization_config"):
+    _check_unquantised(config.get("quantization_config"))
+    return build(config, dtype)
+
+
+def plain_config(config: dict) -> dict:
+    """The config.json of a supported model for a folder that holds the whole model in plain tensors.
+
+    Its architecture is the supported one where it was the base model's (LlamaModel) or an old spelling
+    (LLaMAForCausalLM), and a quantization_config, which said only that the weights were sparse, is left out.
+    """
+    _, architecture = FAMILIES.get(config.get("model_type"), (None, None))
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    return plain | {"architectures": [architecture]} if architecture and plain.get("architectures") else plain
+
+
+def _names_of(architecture: str) -> set[str]:
+    """Names of a model in `architectures`, in lower case: its own, and that of the base model without its head."""
+    return {architecture.lower(), architecture.lower().replace("forcausallm", "model")}
+
+
+def _check_unquantised(settings) -> None:
+    """Raise BarberError for a quantised checkpoint, or one of compressed tensors.
+
+    llm-compressor writes a quantization_config for a model that is only sparse too; its weights may be plain tensors.
+    """
+    if not settings:
+        return
+    settings = settings if isinstance(settings, dict) else {}
+    sparsity = settings.get("sparsity_config")
+    sparsity = sparsity if isinstance(sparsity, dict) else {}
+    plain = (None, "dense")
+    quantised = settings.get("quant_method") != "compressed-tensors" or any(
+        settings.get(key) for key in ("config_groups", "kv_cache_scheme")
+    )
+    if quantised or (not sparsity and settings.get("format") not in plain):
         raise BarberError(
             "config.json: quantization_config: a quantised checkpoint cannot be pruned; give the original"
         )
-    return build(config, dtype)
+    stored = next((form for form in (sparsity.get("format"), settings.get("format")) if form not in plain), None)
+    if stored:
+        raise BarberError(
+            f"config.json: quantization_config: a sparse checkpoint, not quantised, but stored as {stored!r}; "
+            "save it again with save_compressed=False (llm-compressor) or give the original"
+        )

@@ -1,6 +1,7 @@
 """Starting from other people's masks: a mask file, or the zeros of a pruned checkpoint."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -109,6 +110,22 @@ def test_masks_tell_which_zeros_of_a_checkpoint_are_kept_weights(tmp_path, ckpt)
     given[1] = tmp_path / "other" / "masks.safetensors"
     with pytest.raises(BarberError, match="is not zero everywhere"):
         run(tmp_path, "out", *given)
+
+
+def test_mask_that_torch_prune_left_in_a_checkpoint_and_a_folder_as_masks(tmp_path, ckpt):
+    start = run(tmp_path, "start", "--method", "magnitude", "--no-rebuild")
+    tensors = load_file(ckpt / "model.safetensors")
+    for name in start:
+        # A kept weight that is zero does not count as pruned.
+        tensors[name] = np.where(np.cumsum(start[name], axis=1) == 1, 0, tensors[name])
+        tensors[f"{name}_orig"], tensors[f"{name}_mask"] = tensors.pop(name), start[name].astype(np.float32)
+    shutil.copytree(ckpt, tmp_path / "left")
+    save_file(tensors, tmp_path / "left" / "model.safetensors", {"format": "pt"})
+    same(run(tmp_path, "out", "--sparse-ckpt", tmp_path / "left", "--no-rebuild"), start)
+    assert read_masks(tmp_path / "out").sparsity == pytest.approx(0.5)
+    same(run(tmp_path, "again", "--masks", tmp_path / "out", "--no-rebuild"), start)
+    record = json.loads((tmp_path / "again" / "run.json").read_text())
+    assert record["options"]["masks"] == str(tmp_path / "out" / "masks.safetensors")
 
 
 def test_uneven_sparsity_is_kept(tmp_path, ckpt):

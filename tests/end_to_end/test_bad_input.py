@@ -274,13 +274,26 @@ def test_corrupt_gguf(refused, tmp_path, ids):
     refused.prune(path, ids, says=[str(path), "header is damaged"])
 
 
-def test_gguf_whose_tokenizer_cannot_be_written_is_refused_before_the_work(refused, tmp_path, ids):
-    path = tmp_path / "model.gguf"
-    fields = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "tekken"}
-    fields |= {"tokenizer.ggml.tokens": ["a", "b", "ab", *map(str, range(37))], "tokenizer.ggml.merges": ["a b"]}
+def write_gguf(path, pre, merges):
+    fields = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.merges": merges}
+    fields |= {"tokenizer.ggml.tokens": ["a", "b", "ab", *map(str, range(37))]}
     fields |= {"tokenizer.ggml.token_type": [1] * 40}
-    test_gguf.write(path, test_gguf.gguf_tensors(test_gguf.hf_tensors()), fields)
-    refused.prune(path, save(tmp_path, np.zeros((2, 8), int)), says=[str(path), "'tekken'"])
+    return test_gguf.write(path, test_gguf.gguf_tensors(test_gguf.hf_tensors()), fields)
+
+
+def test_gguf_whose_tokenizer_is_damaged_is_refused_before_the_work(refused, tmp_path, ids):
+    path = write_gguf(tmp_path / "model.gguf", "gpt-2", ["a x"])
+    refused.prune(path, save(tmp_path, np.zeros((2, 8), int)), says=[str(path), "tokens and merges are inconsistent"])
+
+
+def test_gguf_whose_tokenizer_is_not_known_is_pruned_on_ids(tmp_path, capsys):
+    path, out = write_gguf(tmp_path / "model.gguf", "unheard-of", ["a b"]), tmp_path / "out"
+    ids = save(tmp_path, np.zeros((2, 8), int))
+    given = ["--ckpt", path, "--out", out, "--calibration", ids, "--samples", 2, "--length", 8, *QUICK]
+    prune.run([str(argument) for argument in given])
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("no tokenizer is written")]
+    assert len(said) == 1 and "'unheard-of'" in said[0]
+    assert (out / "model.safetensors").exists() and not list(out.glob("tokenizer*"))
 
 
 def test_missing_shard(refused, model, ids):

@@ -107,7 +107,12 @@ def refused(path, words):
 
 def test_missing_file_and_folder(path):
     refused(path, "no such file")
-    refused(path.parent, "no such file")
+    refused(path.parent, r"masks\.safetensors: no such file")
+
+
+def test_folder_stands_for_the_mask_file_in_it(tmp_path, masks):
+    save(tmp_path / "masks.safetensors", masks)
+    assert read_masks(tmp_path).path == tmp_path / "masks.safetensors"
 
 
 def test_files_that_are_not_safetensors(path, masks):
