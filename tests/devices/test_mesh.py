@@ -128,6 +128,7 @@ def test_offloaded_activations_change_no_bit(method, tmp_path):
 def test_meshes_that_do_not_fit(mesh, complaint, tmp_path):
     with pytest.raises(BarberError, match=complaint):
         prune_masks(tmp_path / "out", LLAMA, LLAMA / IDS, *RUN, "--mesh", mesh)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_mesh_from_the_command_line(tmp_path):
