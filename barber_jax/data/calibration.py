@@ -117,10 +117,15 @@ def load_ids(path: Path) -> np.ndarray:
     except FileNotFoundError as error:
         raise BarberError(f"{path}: no such file; give a .npy of token ids") from error
     except Exception as error:
+        if "object" in str(error).lower():
+            raise BarberError(
+                f"{path}: cannot be read as .npy of token ids: it holds Python objects; write it again as int32"
+            ) from error
         raise BarberError(f"{path}: cannot be read as .npy; write it again with numpy.save") from error
     if not isinstance(ids, np.ndarray):
         raise BarberError(f"{path}: an archive of several arrays; write one array with numpy.save")
-    if not np.issubdtype(ids.dtype, np.integer):
+    # By its kind: NumPy counts timedelta64 among the integer types.
+    if ids.dtype.kind not in "iu":
         raise BarberError(f"{path}: holds {ids.dtype}, but token ids must be integers; write it again as int32")
     if ids.size == 0:
         raise BarberError(f"{path}: shape {ids.shape} holds no ids; give token ids")

@@ -434,7 +434,14 @@ def test_npy_gives_first_rows_and_columns_without_a_tokenizer(tmp_path, dtype):
         (np.array([[1, 2, 3, 4], [5, VOCAB, -1, 7]]), rf"id {VOCAB} at \[1, 1\] is outside"),
         (np.array([[1, 2, 3, -4], [5, VOCAB, -1, 7]]), r"id -4 at \[0, 3\] is outside"),
         (np.array([[1, 2, 3, 2**40]] * 2), rf"id {2**40} at \[0, 3\]"),
-        (np.array([[None] * 4] * 2), "cannot be read"),
+        (np.array([[None] * 4] * 2), "cannot be read as .npy of token ids: it holds Python objects"),
+        # NumPy counts timedelta64 among the integers.
+        (np.zeros((2, 4), "m8[s]"), "holds timedelta64"),
+        (np.zeros((2, 4), "M8[s]"), "holds datetime64"),
+        (np.zeros((2, 4), complex), "holds complex128"),
+        (np.zeros((2, 4), "S1"), r"holds \|S1"),
+        (np.zeros((2, 4), "V4"), r"holds \|V4"),
+        (np.zeros((2, 4), [("id", "i4")]), r"holds \[\('id', '<i4'\)\]"),
     ],
 )
 def test_refused_arrays(tmp_path, array, match):
