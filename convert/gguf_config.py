@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from barber_jax.console.errors import BarberError
+from barber_jax.models.numbers import LARGEST, SMALLEST
 
 # Metadata fields that change the computation and have no counterpart in Hugging Face's llama configuration.
 UNSUPPORTED = (
@@ -124,8 +125,8 @@ def _llama3_scaling(rope_freqs: np.ndarray, rope_theta: float, head_dim: int) ->
     The file stores only the divisors, so the usual parameters are assumed and must reproduce them.
     """
     factor = float(rope_freqs.max()) if rope_freqs.shape == (head_dim // 2,) else 0.0
-    known = factor >= 1.0 and np.allclose(rope_freqs, llama3_factors(rope_theta, head_dim, factor), rtol=1e-5, atol=0)
-    if not known:
+    factors = llama3_factors(rope_theta, head_dim, factor) if 1.0 <= factor < math.inf else None
+    if factors is None or not np.allclose(rope_freqs, factors, rtol=1e-5, atol=0):
         raise BarberError("rope_freqs.weight is not llama 3.1's scaling with its usual parameters; not supported")
     if factor == 1.0:
         return None
@@ -141,7 +142,7 @@ def _count(fields: dict, key: str, default: int | None = None) -> int:
 
 def _positive(fields: dict, key: str, default: float | None = None) -> float:
     value = _field(fields, key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not SMALLEST <= value <= LARGEST:
         raise BarberError(f"metadata field {key} must be one finite number above 0; convert the model again")
     return float(value)
 

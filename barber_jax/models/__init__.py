@@ -8,6 +8,7 @@ May import: console.
 | `decoder`, `rope` | shared by all families: block interface, rotary embedding |
 | `attention` | shared by all families: attention, by platform |
 | `family` | `Model`, the description of an architecture for the rest of the program; reading of config.json |
+| `numbers` | which numbers float32 can hold |
 | `sharding` | how a block's arrays are sharded over a mesh |
 """
 

@@ -1,6 +1,5 @@
 """Describes a model family to the rest of the program, and reads the entries of config.json strictly."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,6 +7,7 @@ from flax import nnx
 
 from barber_jax.console.errors import BarberError
 from barber_jax.models.decoder import ACTIVATIONS, Block, BlockDefinition, Decoder, Definition, SubBlock, define
+from barber_jax.models.numbers import positive
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,16 @@ class HFConfig:
             raise BarberError(f"config.json: {key} must be {wanted}, not {value!r}")
         return value
 
-    def number(self, key: str, default: float) -> float:
-        """A finite number above 0."""
-        value = self.raw.get(key, default)
-        # Compared before the conversion to float, which a huge integer would overflow; NaN fails the comparison.
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < sys.float_info.max:
-            raise BarberError(f"config.json: {key} must be a finite number above 0, not {value!r}")
-        return float(value)
+    def window(self, key: str = "sliding_window") -> int:
+        """A number of positions; all beyond int32, in which positions are compared, mean the same."""
+        return min(self.size(key), 2**31 - 1)
+
+    def norm_epsilon(self, key: str, default: float) -> float:
+        """The constant that an RMSNorm adds to the mean square, a number above 0 and at most 1.
+
+        A larger one would drown the mean square: the norm's output, and with it the block's, would vanish.
+        """
+        return positive(key, self.raw.get(key, default), most=1.0)
 
     def flag(self, key: str, default: bool) -> bool:
         """A boolean."""

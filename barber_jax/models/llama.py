@@ -134,6 +134,8 @@ def read_config(raw: dict) -> LlamaConfig:
     config.require_multiple("num_attention_heads", "num_key_value_heads", heads, kv_heads)
     if raw.get("head_dim") is None:
         config.require_multiple("hidden_size", "num_attention_heads", hidden, heads)
+    head_size, rope = config.size("head_dim", hidden // heads), Rope.from_hf(raw)
+    rope.check(head_size)
     bias = config.flag("attention_bias", False)
     return LlamaConfig(
         vocabulary=config.size("vocab_size"),
@@ -142,15 +144,15 @@ def read_config(raw: dict) -> LlamaConfig:
         layers=config.size("num_hidden_layers"),
         heads=heads,
         kv_heads=kv_heads,
-        head_size=config.size("head_dim", hidden // heads),
+        head_size=head_size,
         positions=config.size("max_position_embeddings", 2048),
-        norm_epsilon=config.number("rms_norm_eps", 1e-6),
+        norm_epsilon=config.norm_epsilon("rms_norm_eps", 1e-6),
         activation=config.activation("hidden_act", "silu"),
         qkv_bias=bias,
         o_bias=bias,
         mlp_bias=config.flag("mlp_bias", False),
         tied=config.flag("tie_word_embeddings", False),
-        rope=Rope.from_hf(raw),
+        rope=rope,
     )
 
 

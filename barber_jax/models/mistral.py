@@ -16,6 +16,6 @@ def build(raw: dict, dtype) -> Model:
         BarberError: an entry of config.json is missing, contradictory or not supported; the message names it.
     """
     raw = {**DEFAULTS, **raw}
-    window = None if raw["sliding_window"] is None else HFConfig(raw).size("sliding_window")
+    window = None if raw["sliding_window"] is None else HFConfig(raw).window()
     config = replace(llama.read_config(raw), qkv_bias=False, o_bias=False, mlp_bias=False, window=window)
     return llama.model("mistral", config, dtype)

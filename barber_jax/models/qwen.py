@@ -63,7 +63,7 @@ def common_window(config: HFConfig, layers: int) -> int | None:
     if all(kind == "full_attention" for kind in kinds):
         return None
     if slides and all(kind == "sliding_attention" for kind in kinds):
-        return config.size("sliding_window")
+        return config.window()
     raise BarberError(
         f"config.json: layer_types must be full_attention for all {layers} blocks, or with use_sliding_window "
         "sliding_attention for all; other layouts are not supported"

@@ -5,7 +5,6 @@ with Llama 3.1. Feature order is Hugging Face's: feature i of a head is rotated 
 """
 
 import math
-import sys
 from dataclasses import dataclass
 
 import jax
@@ -13,6 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from barber_jax.console.errors import BarberError
+from barber_jax.models.numbers import SMALLEST, positive
+
+FASTEST = 1e6
+"""Radians per position from which float32 no longer resolves the angles of consecutive positions."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,28 @@ class Rope:
             raise BarberError(f"config.json: rope type {kind!r} needs {missing}") from None
         raise BarberError(f"config.json: rope type {kind!r} is not supported (known: default, linear, llama3)")
 
+    def check(self, head_size: int) -> None:
+        """Check that these parameters give every pair of a head's features a rotation that float32 can represent.
+
+        Raises:
+            BarberError: the head size is odd, or a frequency is zero, too high or not finite.
+        """
+        if head_size % 2:
+            raise BarberError(
+                f"config.json: the head size (head_dim, or hidden_size / num_attention_heads) is {head_size}, "
+                "but rotary positions need an even one; correct config.json or fetch it again"
+            )
+        with np.errstate(all="ignore"):
+            # A larger head has others between these; an absurd size must fail at the shapes of the tensors.
+            frequencies = self.inverse_frequencies(min(head_size, 4096))
+        # Also false for NaN.
+        if not ((frequencies >= SMALLEST) & (frequencies <= FASTEST)).all():
+            raise BarberError(
+                f"config.json: the {self.kind} rope parameters (rope_theta {self.theta:g}, factor {self.factor:g}) "
+                f"rotate by {frequencies.min():g} to {frequencies.max():g} radians per position, beyond float32; "
+                "correct config.json or fetch it again"
+            )
+
     def inverse_frequencies(self, head_size: int) -> np.ndarray:
         """Rotation of each feature pair in radians per position, float32 [head_size / 2]."""
         # The power is in float64 and everything else in float32, to match PyTorch's table to the last bit. The position
@@ -95,8 +120,4 @@ class Rope:
 
 
 def _positive(given: dict, key: str) -> float:
-    value = given[key]
-    # Compared before the conversion to float, which a huge integer would overflow; NaN fails the comparison.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < sys.float_info.max:
-        raise BarberError(f"config.json: rope parameter {key} must be a finite number above 0, not {value!r}")
-    return float(value)
+    return positive(f"rope parameter {key}", given[key])
