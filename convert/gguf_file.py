@@ -17,6 +17,7 @@ from barber_jax.convert.gguf_config import llama_config
 from barber_jax.convert.gguf_header import Header, StoredTensor
 from barber_jax.convert.gguf_split import read_parts
 from barber_jax.convert.gguf_tokenizer import UnknownTokenizer, build_tokenizer, has_tokenizer, special_ids
+from barber_jax.convert.tokenizer_files import save_tokenizer
 
 # Hugging Face's llama has biases on all four attention projections or on none. llama.cpp also allows them on the first
 # three only; this bias is then zero.
@@ -124,7 +125,7 @@ class GGUFCheckpoint(Checkpoint):
             return None
         missing = None
         try:
-            build_tokenizer(self._header.fields).save_pretrained(folder)
+            save_tokenizer(build_tokenizer(self._header.fields), folder)
         except UnknownTokenizer as error:
             missing = f"no tokenizer is written, copy the original model's into the result ({self.location}: {error})"
         except BarberError as error:

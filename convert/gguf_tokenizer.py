@@ -3,6 +3,7 @@
 PyTorch is not imported.
 """
 
+import bisect
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -22,6 +23,8 @@ SENTENCEPIECE_IDS = {"unk": 0, "bos": 1, "eos": 2}
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 LLAMA3_SPLIT = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2_SPLIT = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+MAX_MERGE_WORK = 5 * 10**8
+"""Characters to compare at most while merges are derived from tokens; 256,000 tokens of 10 letters take 2 * 10^7."""
 # Names of the llama 3 tokenizer. Its models expect a BOS token even if the file does not request one.
 LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 
@@ -122,13 +125,26 @@ def _merges_from_scores(fields: Mapping, tokens: list[str]) -> Iterator[tuple[st
     """Yield every pair of tokens that merges into another token, in descending order of the merged token's score.
 
     SentencePiece stores no list of merges: it merges the adjacent pair whose result has the highest score.
+
+    Raises:
+        BarberError: there are so many long tokens that this would take minutes and gigabytes.
     """
     scores = _numbers(fields, "tokenizer.ggml.scores", tokens)
     normal = [i for i, kind in enumerate(_numbers(fields, "tokenizer.ggml.token_type", tokens)) if kind == NORMAL]
     pieces = {tokens[i] for i in normal}
+    # Cuts into lengths that no token has are skipped: all cuts of one token of 200,000 letters would take minutes.
+    lengths = {len(piece) for piece in pieces}
+    ascending, work = sorted(lengths), 0
     for i in sorted(normal, key=lambda i: -scores[i]):
-        whole = tokens[i]
-        for cut in range(1, len(whole)):
+        whole, size = tokens[i], len(tokens[i])
+        for cut in ascending[: bisect.bisect_left(ascending, size)]:
+            if size - cut not in lengths:
+                continue
+            work += size
+            if work > MAX_MERGE_WORK:
+                raise BarberError(
+                    "metadata field tokenizer.ggml.tokens holds too many long tokens; convert the model again"
+                )
             if whole[:cut] in pieces and whole[cut:] in pieces:
                 yield whole[:cut], whole[cut:]
 

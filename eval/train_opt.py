@@ -32,6 +32,7 @@ from barber_jax.convert.export import sibling_path
 from barber_jax.convert.hf_folder import WEIGHTS
 from barber_jax.convert.parameters import to_hf
 from barber_jax.convert.safetensors_writer import SafetensorsWriter
+from barber_jax.convert.tokenizer_files import save_tokenizer
 from barber_jax.data.text import read_documents, tokenize
 from barber_jax.data.windows import cut_windows
 from barber_jax.devices.settings import prepare_jax
@@ -271,7 +272,7 @@ def write_checkpoint(out: Path, config: dict, tensors: dict[str, np.ndarray], to
             folder.mkdir()
             for name, content in {"config.json": json.dumps(config, indent=2) + "\n", **texts}.items():
                 (folder / name).write_text(content, encoding="utf-8")
-            tokenizer.save_pretrained(folder)
+            save_tokenizer(tokenizer, folder)
             specs = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
             with SafetensorsWriter(folder / WEIGHTS, specs, {"format": "pt"}) as file:
                 for name, tensor in tensors.items():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from checkpoints import random_tensors, torch
 from gguf import GGMLQuantizationType as Kind
-from transformers import LlamaConfig
+from transformers import AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from barber_jax.console.errors import BarberError
@@ -280,7 +280,7 @@ def test_other_rope_factors_are_refused(tmp_path, changes):
         rope_config(tmp_path, {"llama.rope.freq_base": 500000.0}, llama3_frequencies(llama3_scaling(**changes)))
 
 
-@pytest.mark.parametrize("factors", [np.ones(3), np.full(HEAD_DIM // 2, np.nan), np.zeros(HEAD_DIM // 2)])
+@pytest.mark.parametrize("factors", [np.ones(3), *(np.full(HEAD_DIM // 2, value) for value in (np.nan, np.inf, 0))])
 def test_impossible_rope_factors_are_refused(tmp_path, factors):
     with pytest.raises(BarberError, match=r"rope_freqs\.weight"):
         rope_config(tmp_path, {}, factors)
@@ -443,6 +443,41 @@ def test_tensor_that_would_read_anothers_bytes_is_refused(model):
     model.write_bytes(whole)
     with pytest.raises(BarberError, match=r"tensor blk\.0\.attn_norm\.weight is not where"):
         GGUFCheckpoint(model)
+
+
+def test_the_tokenizer_is_written_for_every_version_of_transformers(tmp_path):
+    tokens = [f"w{i}" for i in range(VOCAB)]
+    fields = {"model": "gpt2", "pre": "gpt-2", "tokens": tokens, "merges": ["w 1"], "token_type": [1] * VOCAB}
+    tokens[:3] = "w", "1", "w1"
+    fields = {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
+    path = write(tmp_path / "model.gguf", gguf_tensors(hf_tensors()), fields)
+    GGUFCheckpoint(path).save_tokenizer(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert AutoTokenizer.from_pretrained(tmp_path)("w1w")["input_ids"] == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.attention.layer_norm_rms_epsilon", 1e300),
+        ("llama.attention.layer_norm_rms_epsilon", 1e-320),
+        ("llama.rope.freq_base", 1e308),
+        ("llama.rope.scaling.factor", 1e300),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_numbers_that_float32_cannot_hold_are_refused(tmp_path, key, value):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    for name, given in FIELDS.items():
+        if name != key:
+            add_field(writer, name, given)
+    writer.add_float64(key, value)
+    for name, tensor in gguf_tensors(hf_tensors()).items():
+        writer.add_tensor(name, tensor)
+    finish(writer, tmp_path / "m.gguf")
+    with pytest.raises(BarberError, match=f"{key} must be one finite number"):
+        GGUFCheckpoint(tmp_path / "m.gguf")
 
 
 def test_split_into_files_of_bounded_size():

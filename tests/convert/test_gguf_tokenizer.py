@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import time
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from transformers.models.gpt2.tokenization_gpt2 import GPT2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 
 from barber_jax.console.errors import BarberError
+from barber_jax.convert import gguf_tokenizer
 from barber_jax.convert.gguf_tokenizer import build_tokenizer
+from barber_jax.convert.tokenizer_files import save_tokenizer
 
 CORPUS = [
     "The barber cut 1234 hairs in 2019, and the hairs weren't his; they're everyone's.\n",
@@ -201,6 +204,59 @@ def test_sentencepiece_without_a_space_in_front(pieces):
     assert not built.convert_ids_to_tokens(ids)[0].startswith("▁")
 
 
+# --- tokens and texts of any length
+
+
+def scored_fields(tokens):
+    """A vocabulary of llama's kind: an unknown token, then `tokens` in the order of their scores."""
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": ["<unk>", *tokens],
+        "tokenizer.ggml.scores": -np.arange(len(tokens) + 1.0),
+        "tokenizer.ggml.token_type": np.array([2] + [1] * len(tokens)),
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+
+
+def merges_of(tokens):
+    return json.loads(build_tokenizer(scored_fields(tokens)).backend_tokenizer.to_str())["model"]["merges"]
+
+
+def test_every_pair_of_tokens_that_makes_a_token_merges_in_the_order_of_scores():
+    rng = np.random.default_rng(0)
+    words = {"".join(rng.choice(list("ab"), rng.integers(2, 9))) for _ in range(80)}
+    tokens = ["a", "b", *rng.permutation(sorted(words)).tolist()]
+    pairs = [[w[:i], w[i:]] for w in tokens for i in range(1, len(w)) if w[:i] in tokens and w[i:] in tokens]
+    assert merges_of(tokens) == pairs and len(pairs) > 50
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "smollm", "gpt-2", "qwen2", "llama-bpe"])
+def test_a_token_and_a_text_of_200_000_letters_take_no_time(kind):
+    long = "z" * 200_000
+    if kind == "sentencepiece":
+        tokens = ["a", "b", "z", "ab", "abab", "zz"]
+        assert merges_of([*tokens, long]) == merges_of(tokens)
+        built = build_tokenizer(scored_fields([*tokens, long]))
+    else:
+        tokens, merges = trained(pre_tokenizers.ByteLevel(add_prefix_space=False))
+        built = build_tokenizer(fields_of([*tokens, long], merges, kind))
+    start = time.monotonic()
+    for text in ("ab" * 100_000, "b" * 200_000):
+        ids = built(text, add_special_tokens=False)["input_ids"]
+        assert built.decode(ids) == text and 0 < len(ids) <= len(text)
+    # About 0.2 s; work that grows with the square of the length takes minutes.
+    assert time.monotonic() - start < 30
+
+
+def test_too_many_long_tokens_are_refused(monkeypatch):
+    tokens = ["a" * length for length in range(1, 60)]
+    assert len(merges_of(tokens)) == sum(range(59))
+    monkeypatch.setattr(gguf_tokenizer, "MAX_MERGE_WORK", 10_000)
+    with pytest.raises(BarberError, match=r"tokenizer\.ggml\.tokens holds too many long tokens"):
+        build_tokenizer(scored_fields(tokens))
+
+
 # --- saving, torch, refusals
 
 
@@ -208,11 +264,14 @@ def test_saved_tokenizer_gives_the_same_ids(tmp_path, pieces):
     byte_level = fields_of(*trained(smollm_words()), "smollm", add_eos_token=True)
     for name, fields in {"byte": byte_level, "sentencepiece": sentencepiece_fields(pieces)}.items():
         built = build_tokenizer(fields)
-        built.save_pretrained(tmp_path / name)
+        save_tokenizer(built, tmp_path / name)
         (tmp_path / name / "config.json").write_text('{"model_type": "llama"}')
         loaded = AutoTokenizer.from_pretrained(tmp_path / name)
         assert [loaded(text)["input_ids"] for text in TEXTS] == [built(text)["input_ids"] for text in TEXTS]
         assert (loaded.bos_token_id, loaded.eos_token_id) == (built.bos_token_id, built.eos_token_id)
+        # The class's name in transformers 5, TokenizersBackend, is unknown to transformers 4 and to other loaders.
+        config = json.loads((tmp_path / name / "tokenizer_config.json").read_text())
+        assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
 def test_torch_is_not_needed(tmp_path):
