@@ -8,9 +8,11 @@ May import: console, masks, models, data.
 | `folder`, `hf_folder`, `torch_bin`, `orbax_folder` | readers of checkpoint folders |
 | `tensor_names` | stored tensor names -> Hugging Face's names of the whole model |
 | `gguf_file`, `gguf_header`, `gguf_split`, `gguf_config`, `gguf_tokenizer` | the reader of .gguf files |
+| `tokenizer_files` | writing of a tokenizer's files |
 | `download` | downloads from the Hugging Face Hub |
 | `parameters` | Hugging Face tensors <-> Flax parameters |
 | `export`, `safetensors_writer`, `formats` | writers |
+| `finite` | refusal of values that do not fit their dtype |
 | `mask_file` | re-export of `masks.mask_file` under its former path |
 | `torch_masks`, `apply_masks` | masks in PyTorch; these import torch and never JAX |
 """

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.extras import needs
+from barber_jax.convert.tokenizer_files import save_tokenizer
 from barber_jax.masks.mask_file import read_masks
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def apply(config: ApplyConfig) -> None:
     if not report.ok:
         raise SystemExit(1)
     if out:
+        _require_finite(config.model, model)
         _save(config.model, model, out)
 
 
@@ -77,6 +79,17 @@ def _load_model(spec: str) -> "transformers.PreTrainedModel":
     return model
 
 
+def _require_finite(spec: str, model: "transformers.PreTrainedModel") -> None:
+    """Raise BarberError if a tensor holds NaN or Inf, as when the dtype in config.json is narrower than the file's."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise BarberError(
+                f"--model {spec}: tensor {name} holds NaN or Inf as {dtype}, the dtype in its config.json; "
+                "no model is saved; set the dtype there to that of the weights, or fetch the model again"
+            )
+
+
 def _save(spec: str, model: "transformers.PreTrainedModel", out: Path) -> None:
     import transformers
 
@@ -85,7 +98,7 @@ def _save(spec: str, model: "transformers.PreTrainedModel", out: Path) -> None:
     except Exception as error:  # safetensors raises its own type, not OSError, for disk errors
         raise BarberError(f"--out {out}: cannot save the model: {error}") from error
     try:
-        transformers.AutoTokenizer.from_pretrained(spec, trust_remote_code=False).save_pretrained(out)
+        save_tokenizer(transformers.AutoTokenizer.from_pretrained(spec, trust_remote_code=False), out)
     except (OSError, ValueError):
         print(f"{spec} has no tokenizer that transformers can load; only the model was saved to {out}")
 

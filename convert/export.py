@@ -16,7 +16,8 @@ import numpy as np
 from barber_jax.console.errors import BarberError
 from barber_jax.console.files import writing
 from barber_jax.convert.checkpoint import Checkpoint
-from barber_jax.convert.hf_folder import INDEX, WEIGHTS
+from barber_jax.convert.finite import require_finite
+from barber_jax.convert.hf_folder import INDEX
 from barber_jax.convert.safetensors_writer import SafetensorsWriter
 from barber_jax.masks.mask_file import FILE_NAME, mask_metadata, pack, packed_length
 from barber_jax.models import plain_config
@@ -146,7 +147,12 @@ class FolderWriter:
         return SafetensorsWriter(self.folder / file, tensors, mask_metadata(pattern, sparsity, shapes))
 
     def write(self, name: str, tensor: np.ndarray) -> None:
-        """Write one tensor, of the source's dtype and shape."""
+        """Write one tensor, of the source's dtype and shape.
+
+        Raises:
+            BarberError: a value is NaN or Inf: it did not fit the dtype.
+        """
+        require_finite(name, tensor)
         self._files[self._source.files[name]].write(name, tensor)
 
     def write_pruned(self, name: str, weight: np.ndarray, mask: np.ndarray) -> None:
@@ -164,8 +170,9 @@ class FolderWriter:
             if name not in written:
                 self.write(name, self._source.read(name))
         self._open.close()
-        if set(self._files) != {WEIGHTS}:
-            self.write_json(INDEX, self._index())
+        # Also for a single file: a loader that reads every *.safetensors of a folder without an index would take the
+        # mask files for weights, whose names they have.
+        self.write_json(INDEX, self._index())
 
     def _index(self) -> dict:
         sizes = (self._source.size(n) * self._source.dtype(n).itemsize for n in self._source.names())

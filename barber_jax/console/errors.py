@@ -12,7 +12,7 @@ class BarberError(Exception):
 
 
 class DamagedInput(BarberError):
-    """An input file is damaged and must be replaced, after which an unfinished run cannot be resumed."""
+    """An input file is damaged or unfit and must be replaced, after which an unfinished run cannot be resumed."""
 
 
 def exit_with_one_line(main: Callable[[], None]) -> None:

@@ -247,13 +247,13 @@ class SparseCheckpointStart:
                 )
             check_pattern(mask, self._pattern, f"{self._sparse.location}: {name}")
             masks[path] = mask
-            weights[path] = to_flax(path, tensor).astype(dense[path].dtype)
+            weights[path] = _cast(to_flax(path, tensor), dense[path].dtype)
         for path, name in self._model.names.of_block(index).items():
             if path not in masks:
                 original, given = self._checkpoint.read(name), self._sparse.read(name)
                 # Compare in the pruned checkpoint's dtype: where it is narrower, differences by rounding do not count.
-                if np.any(original.astype(given.dtype) != given):
-                    weights[path] = to_flax(path, given).astype(original.dtype)
+                if np.any(_cast(original, given.dtype) != given):
+                    weights[path] = _cast(to_flax(path, given), original.dtype)
         sub_blocks = self._model.sub_blocks
         return self._devices.put_masks(sub_blocks, masks), self._devices.put_block(sub_blocks, weights)
 
@@ -268,6 +268,12 @@ def _kept(sparse: Checkpoint, name: str, tensor: np.ndarray) -> np.ndarray:
     """Which weights of a tensor [out, in] the pruned checkpoint keeps: by its own mask if it has one, else by zeros."""
     mask = sparse.mask(name)
     return tensor != 0 if mask is None else mask
+
+
+def _cast(tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Cast without NumPy's warning about values that become Inf, which the loop over the blocks reports by name."""
+    with np.errstate(over="ignore"):
+        return tensor.astype(dtype)
 
 
 def check_names_and_shapes(

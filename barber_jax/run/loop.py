@@ -12,11 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from barber_jax.console.errors import BarberError
 from barber_jax.console.progress import Phase, Stopwatch
 from barber_jax.convert.checkpoint import Checkpoint
+from barber_jax.convert.finite import does_not_fit
 from barber_jax.convert.parameters import read_parameters, to_hf
 from barber_jax.criteria.starting import BlockMasks, Start
 from barber_jax.devices.mesh import Devices
@@ -146,6 +148,7 @@ class Pruning:
         """Prune a block, propagate the streams through it and commit it."""
         with watch.stage("start"):
             start_masks, start_weights = jax.block_until_ready(self.start(index, dense, streams.start))
+        self._check_fit(index, start_weights)
         self._propagate(index, {**dense, **start_weights}, start_masks, streams, watch)
         masks, weights, records = start_masks, start_weights, []
         if streams.rebuilt is not None:
@@ -156,6 +159,7 @@ class Pruning:
                 work = self._stages(sub, dense, sub_weights, sub_masks, streams, watch)
                 masks |= work.masks
                 weights |= work.updated
+                self._check_fit(index, work.updated)
                 if not math.isfinite(loss := work.record["loss_after"]):
                     raise BarberError(
                         f"block {index}, {sub.name}: the loss is {loss}; "
@@ -172,6 +176,15 @@ class Pruning:
         # The committed record cannot include how long committing it took; the returned one does.
         commit.record["seconds"] = dict(watch.seconds)
         return commit
+
+    def _check_fit(self, index: int, weights: Parameters) -> None:
+        """Raise BarberError if weights of a block, already in the checkpoint's dtype, do not fit it.
+
+        The writer would refuse them too, but only after a loss of NaN that says nothing of the cause.
+        """
+        for path, fits in _are_finite(weights).items():
+            if not fits:
+                raise does_not_fit(self.model.names.of_block(index)[path], weights[path].dtype)
 
     def _replay(self, index: int, dense: Parameters, commit: Commit, streams: Streams, watch: Stopwatch) -> None:
         """Propagate the streams through a block that an earlier process finished."""
@@ -239,3 +252,9 @@ class Pruning:
             {kernels[path]: mask for path, mask in (commit.start_masks or commit.masks).items()},
             commit.record,
         )
+
+
+@jax.jit
+def _are_finite(weights: Parameters) -> dict[str, jax.Array]:
+    """Path -> bool [], whether all values are finite."""
+    return {path: jnp.isfinite(value).all() for path, value in weights.items()}

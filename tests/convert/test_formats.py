@@ -194,7 +194,7 @@ def test_format_option_of_prune(tmp_path, dense, ids):
     wanted = tensors(tmp_path / "hf")
     for form, safe, orbax in [("hf", True, False), ("orbax", False, True), ("both", True, True)]:
         out = tmp_path / form
-        assert ((out / WEIGHTS).exists(), (out / ORBAX).exists()) == (safe, orbax)
+        assert ((out / WEIGHTS).exists(), (out / INDEX).exists(), (out / ORBAX).exists()) == (safe, safe, orbax)
         assert (out / "masks.safetensors").exists() and (out / "config.json").exists()
         assert json.loads((out / "run.json").read_text())["options"]["format"] == form
         assert_same_bits(tensors(out), wanted)

@@ -1,15 +1,25 @@
 """Masks in PyTorch: applied, kept while training, checked; the command line; the guards before sparse kernels."""
 
+import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 torch = pytest.importorskip("torch")
 # ruff: noqa: E402 - what follows imports torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+)
 
 from barber_jax.console.errors import BarberError
 from barber_jax.convert import torch_masks
@@ -230,6 +240,27 @@ def test_command_applies_checks_and_saves(folder, path, tmp_path, capsys):
     assert check_masks(AutoModelForCausalLM.from_pretrained(out), path).ok
     apply(ApplyConfig(model=str(out), masks=path, check_only=True))
     assert "were not zero" not in capsys.readouterr().out
+
+
+def test_command_refuses_to_save_what_does_not_fit_the_configs_dtype(folder, path, tmp_path):
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.norm.weight"
+    tensors[name][0] = 1e5
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"dtype": "float16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BarberError, match=f"tensor {name} holds NaN or Inf as float16, the dtype in its config"):
+        apply(ApplyConfig(model=str(folder), masks=path, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_saves_a_tokenizer_that_every_version_of_transformers_loads(folder, path, tmp_path):
+    backend = Tokenizer(WordLevel({"a": 0, "b": 1, "<unk>": 2}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(folder)
+    apply(ApplyConfig(model=str(folder), masks=path, out=tmp_path / "out"))
+    config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("b")["input_ids"] == [1]
 
 
 def test_command_check_only_exits_1_and_prints_the_table(folder, path, capsys):

@@ -93,6 +93,22 @@ def test_a_sparse_checkpoint_without_a_bias_is_an_error(tmp_path):
         run(tmp_path, "out", "--sparse-ckpt", tmp_path / "start")
 
 
+@pytest.mark.filterwarnings("error:.*cast:RuntimeWarning")
+@pytest.mark.parametrize("stages", [["--no-rebuild"], ["--retain-reconstruction", "--alpha", 0.5]])
+def test_weights_that_do_not_fit_the_dense_dtype_are_named(tmp_path, stages):
+    write_model(tmp_path / "dense", dtype="float16")
+    np.save(tmp_path / "ids.npy", np.random.default_rng(1).integers(0, BASE["vocab_size"], (4, 16)))
+    run(tmp_path, "start", "--method", "magnitude", "--no-rebuild")
+    file, name = tmp_path / "start" / "model.safetensors", "model.layers.1.mlp.down_proj.weight"
+    tensors = {key: tensor.astype(np.float32) for key, tensor in load_file(file).items()}
+    tensors[name][tuple(np.argwhere(tensors[name])[0])] = 1e5
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(BarberError, match=f"tensor {name} gets values that do not fit float16"):
+        run(tmp_path, "out", "--sparse-ckpt", tmp_path / "start", *stages)
+    # No unfinished run either: resumed, it would fail again.
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_masks_tell_which_zeros_of_a_checkpoint_are_kept_weights(tmp_path, ckpt):
     tensors = load_file(ckpt / "model.safetensors")
     rng = np.random.default_rng(0)

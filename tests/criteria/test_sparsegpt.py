@@ -3,7 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checkpoints import write_model
+from cli import prune_masks
 from criterion_contract import CriterionContract
+from safetensors.numpy import load_file, save_file
 
 from barber_jax.console.errors import BarberError
 from barber_jax.criteria import sparsegpt
@@ -106,6 +109,20 @@ def test_damping_is_raised_and_said():
 def test_hopeless_hessian_is_an_error():
     with pytest.raises(BarberError, match=r"mlp\.in.*samples"):
         sparsegpt.prepare(jnp.asarray([[jnp.nan, 0.0], [0.0, 1.0]], jnp.float32), 1, "mlp.in", print)
+
+
+@pytest.mark.filterwarnings("error:.*cast:RuntimeWarning")
+def test_updated_weights_that_do_not_fit_float16_are_named(tmp_path):
+    write_model(tmp_path / "dense", dtype="float16")
+    rng, name = np.random.default_rng(0), "model.layers.0.self_attn.v_proj.weight"
+    tensors = load_file(tmp_path / "dense" / "model.safetensors")
+    tensors[name] = np.where(rng.random(tensors[name].shape) < 0.5, -6e4, 6e4).astype(np.float16)
+    save_file(tensors, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
+    np.save(tmp_path / "ids.npy", rng.integers(0, 97, (4, 16)))
+    options = ["--samples", 4, "--length", 16, "--method", "sparsegpt", "--no-rebuild"]
+    with pytest.raises(BarberError, match=f"tensor {name} gets values that do not fit float16"):
+        prune_masks(tmp_path / "out", tmp_path / "dense", tmp_path / "ids.npy", *options)
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "ids.npy"}
 
 
 class TestSparseGPT(CriterionContract):
