@@ -10,7 +10,6 @@ highest block are 2 lambda apart and shifted so that their mean is the fraction 
 mean(A) is taken over the whole block, so a matrix whose scores are all large consists of outliers.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +31,7 @@ from barber_jax.forward.passes import Parameters
 from barber_jax.forward.streams import Stream
 from barber_jax.models.decoder import SubBlock
 from barber_jax.models.family import Model
+from barber_jax.models.numbers import LARGEST
 from barber_jax.models.sharding import constrain
 
 MAX_SPARSITY = 0.99
@@ -62,8 +62,8 @@ class AllocationOptions(OptionGroup):
             return
         if not 0 < self.owl_lambda <= 0.5:  # NaN fails this too
             raise BarberError(f"--owl-lambda {self.owl_lambda:g} is outside (0, 0.5]")
-        if not 0 < self.owl_m < math.inf:
-            raise BarberError(f"--owl-m {self.owl_m:g} must be a finite number above 0")
+        if not 0 < self.owl_m <= LARGEST:
+            raise BarberError(f"--owl-m {self.owl_m:g} must be a finite number above 0, within float32")
 
 
 def allocate(ratios: Sequence[float], sparsity: float, half_range: float) -> list[float]:

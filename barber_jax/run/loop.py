@@ -180,10 +180,11 @@ class Pruning:
     def _check_fit(self, index: int, weights: Parameters) -> None:
         """Raise BarberError if weights of a block, already in the checkpoint's dtype, do not fit it.
 
-        The writer would refuse them too, but only after a loss of NaN that says nothing of the cause.
+        The writer would refuse them too, but only after a loss of NaN that says nothing of the cause. NaN itself comes
+        from elsewhere, and is left to the check of the loss.
         """
-        for path, fits in _are_finite(weights).items():
-            if not fits:
+        for path, overflow in _overflow(weights).items():
+            if overflow:
                 raise does_not_fit(self.model.names.of_block(index)[path], weights[path].dtype)
 
     def _replay(self, index: int, dense: Parameters, commit: Commit, streams: Streams, watch: Stopwatch) -> None:
@@ -255,6 +256,6 @@ class Pruning:
 
 
 @jax.jit
-def _are_finite(weights: Parameters) -> dict[str, jax.Array]:
-    """Path -> bool [], whether all values are finite."""
-    return {path: jnp.isfinite(value).all() for path, value in weights.items()}
+def _overflow(weights: Parameters) -> dict[str, jax.Array]:
+    """Path -> bool [], whether any value is infinite."""
+    return {path: jnp.isinf(value).any() for path, value in weights.items()}

@@ -175,6 +175,7 @@ def test_a_run_from_the_masks_knows_how_they_were_allotted(inputs, tmp_path):
         ({"allocate": "owl", "owl_lambda": float("nan")}, "--owl-lambda nan is outside"),
         ({"allocate": "owl", "owl_m": 0.0}, "--owl-m 0 must be a finite number above 0"),
         ({"allocate": "owl", "owl_m": float("inf")}, "--owl-m inf must be a finite number"),
+        ({"allocate": "owl", "owl_m": 1e300}, "--owl-m 1e+300 must be a finite number above 0, within float32"),
         ({"allocate": "owl", "pattern": "2:4"}, "--allocate owl conflicts with --pattern 2:4"),
         ({"allocate": "owl", "masks": Path("m.safetensors")}, "--allocate owl conflicts with --masks"),
         ({"allocate": "owl", "sparse_ckpt": "other"}, "--allocate owl conflicts with --sparse-ckpt"),
