@@ -134,7 +134,8 @@ def read_config(raw: dict) -> LlamaConfig:
     config.require_multiple("num_attention_heads", "num_key_value_heads", heads, kv_heads)
     if raw.get("head_dim") is None:
         config.require_multiple("hidden_size", "num_attention_heads", hidden, heads)
-    head_size, rope = config.size("head_dim", hidden // heads), Rope.from_hf(raw)
+    positions = config.size("max_position_embeddings", 2048)
+    head_size, rope = config.size("head_dim", hidden // heads), Rope.from_hf({**raw, "max_position_embeddings": positions})
     rope.check(head_size)
     bias = config.flag("attention_bias", False)
     return LlamaConfig(
@@ -145,7 +146,7 @@ def read_config(raw: dict) -> LlamaConfig:
         heads=heads,
         kv_heads=kv_heads,
         head_size=head_size,
-        positions=config.size("max_position_embeddings", 2048),
+        positions=positions,
         norm_epsilon=config.norm_epsilon("rms_norm_eps", 1e-6),
         activation=config.activation("hidden_act", "silu"),
         qkv_bias=bias,

@@ -27,26 +27,20 @@ class Rope:
     factor: float = 1.0
     low_frequency_factor: float = 1.0
     high_frequency_factor: float = 4.0
-    original_positions: int = 8192
+    original_positions: float = 8192
 
     @classmethod
     def from_hf(cls, config: dict) -> "Rope":
-        """Read the entries of config.json, in the old layout (rope_theta, rope_scaling) or the new (rope_parameters).
+        """Read the entries of config.json, in the old spelling (rope_theta, rope_scaling) or the new (rope_parameters).
 
         Raises:
-            BarberError: a rope type that is not default, linear or llama3, or a missing or invalid parameter.
+            BarberError: a rope type that is not default, linear or llama3, settings that differ between kinds of
+                layers, or a missing or invalid parameter.
         """
-        # Transformers 5 moved theta into rope_parameters; files of both layouts, and mixtures, are in use.
-        given = {"rope_theta": 10000.0}
-        outer = {key: config.get(key) for key in ("rope_theta", "partial_rotary_factor")}
-        for entries in (outer, config.get("rope_scaling") or {}, config.get("rope_parameters") or {}):
-            if not isinstance(entries, dict):
-                raise BarberError(f"config.json: rope parameters must be an object, not {entries!r}")
-            given |= {key: value for key, value in entries.items() if value is not None}
-        theta = _positive(given, "rope_theta")
-        kind = given.get("rope_type") or given.get("type") or "default"
+        given = _settings(config)
+        theta, kind = _positive(given, "rope_theta"), given["rope_type"]
         partial = given.get("partial_rotary_factor", 1.0)
-        if partial != 1.0:
+        if partial != 1.0 and not (partial is None and kind == "default"):
             raise BarberError(f"config.json: partial_rotary_factor {partial} is not supported, only 1.0")
         try:
             if kind == "default":
@@ -57,11 +51,14 @@ class Rope:
                 low, high = _positive(given, "low_freq_factor"), _positive(given, "high_freq_factor")
                 if low >= high:
                     raise BarberError(f"config.json: low_freq_factor {low:g} must be below high_freq_factor {high:g}")
-                original = int(_positive(given, "original_max_position_embeddings"))
+                original = _positive(given, "original_max_position_embeddings")
                 return cls(theta, kind, _positive(given, "factor"), low, high, original)
         except KeyError as missing:
             raise BarberError(f"config.json: rope type {kind!r} needs {missing}") from None
-        raise BarberError(f"config.json: rope type {kind!r} is not supported (known: default, linear, llama3)")
+        raise BarberError(
+            f"config.json: rope type {kind!r} is not supported (known: default, linear, llama3); "
+            "prune with the rotary settings that the model was trained with"
+        )
 
     def check(self, head_size: int) -> None:
         """Check that these parameters give every pair of a head's features a rotation that float32 can represent.
@@ -99,9 +96,10 @@ class Rope:
 
     def _llama3(self, frequency: np.ndarray) -> np.ndarray:
         # Short wavelengths are kept, long ones stretched by `factor`, and those in between interpolated.
-        wavelength = 2 * math.pi / frequency
+        # A number over an array is the reciprocal times the number, as PyTorch rounds it.
+        wavelength = np.float32(1) / frequency * np.float32(2 * math.pi)
         low, high = self.low_frequency_factor, self.high_frequency_factor
-        blend = (self.original_positions / wavelength - low) / (high - low)
+        blend = (np.float32(1) / wavelength * np.float32(self.original_positions) - low) / (high - low)
         between = (1 - blend) * frequency / self.factor + blend * frequency
         out = np.where(wavelength > self.original_positions / low, frequency / self.factor, between)
         return np.where(wavelength < self.original_positions / high, frequency, out).astype(np.float32)
@@ -117,6 +115,35 @@ class Rope:
         cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
         first, second = jnp.split(x, 2, axis=-1)
         return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
+
+
+def _settings(config: dict) -> dict:
+    """The rotary settings that transformers 5 makes of a config.json: one flat dict with `rope_type` and `rope_theta`.
+
+    Files of two spellings, and mixtures, are in use, and entries of the two are never merged: `rope_scaling`, if it is
+    not empty, stands in place of `rope_parameters`. Entries beside them only fill in what that one dict does not have,
+    with the exception of original_max_position_embeddings. An entry that is null is not absent.
+    """
+    scaling, parameters = config.get("rope_scaling"), config.get("rope_parameters")
+    for entries in (scaling or None, parameters):
+        if entries is not None and not isinstance(entries, dict):
+            raise BarberError(f"config.json: rope parameters must be an object, not {entries!r}")
+    given = dict(scaling or parameters or {})
+    for key, value in given.items():
+        if isinstance(value, dict) or key.endswith("_attention"):
+            raise BarberError(
+                f"config.json: rotary settings for {key} alone are not supported; "
+                "write one set for all layers (rope_type, rope_theta, ...) directly into rope_parameters"
+            )
+    given.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    given.setdefault("rope_type", given.get("type", "default"))
+    if config.get("partial_rotary_factor") is not None:
+        given.setdefault("partial_rotary_factor", config["partial_rotary_factor"])
+    original = "original_max_position_embeddings"
+    given.setdefault(original, config.get("max_position_embeddings"))
+    if given[original] is not None and original in config:
+        given[original] = config[original]
+    return given
 
 
 def _positive(given: dict, key: str) -> float:
