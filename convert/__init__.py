@@ -10,6 +10,7 @@ May import: console, masks, models, data.
 | `gguf_file`, `gguf_header`, `gguf_split`, `gguf_config`, `gguf_tokenizer` | the reader of .gguf files |
 | `tokenizer_files` | writing of a tokenizer's files |
 | `download` | downloads from the Hugging Face Hub |
+| `tied_head` | which matrix is the head where config.json and the tensors disagree |
 | `parameters` | Hugging Face tensors <-> Flax parameters |
 | `export`, `safetensors_writer`, `formats` | writers |
 | `finite` | refusal of values that do not fit their dtype |

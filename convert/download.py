@@ -29,9 +29,10 @@ def download(repository: str) -> Path:
 
 
 def download_patterns(files: list[str]) -> list[str]:
-    """Glob patterns of what to download from a repository that contains `files`: weights in one format only."""
+    """Glob patterns of what to download from a repository that contains `files`: the weights that are opened."""
     safe = any(fnmatch(file, pattern) for file in files for pattern in SAFETENSORS)
-    return ["config.json", "adapter_config.json", *COMPANIONS, *(SAFETENSORS if safe else TORCH)]
+    single, *shards = SAFETENSORS if safe else TORCH
+    return ["config.json", "adapter_config.json", *COMPANIONS, *([single] if single in files else shards)]
 
 
 def _snapshot(repository: str) -> Path:

@@ -13,6 +13,7 @@ from barber_jax.console.errors import BarberError
 from barber_jax.console.files import check_fetched
 from barber_jax.convert.checkpoint import Checkpoint
 from barber_jax.convert.tensor_names import stored_names
+from barber_jax.convert.tied_head import settle_head
 
 COMPANIONS = (
     "generation_config.json",
@@ -88,7 +89,7 @@ class ShardedFolder(ModelFolder):
 
     Attributes:
         weights: name of the single file.
-        index: name of the index file, which takes precedence over the single file.
+        index: name of the index file, which is not looked at where there is the single file, as in transformers.
         dtypes: dtype name in this format -> NumPy dtype.
     """
 
@@ -98,16 +99,25 @@ class ShardedFolder(ModelFolder):
 
     def __init__(self, folder: Path, location: str | None = None):
         super().__init__(folder, location)
-        shards = self._locate()
-        headers = {file: self._open(file) for file in sorted(set(shards.values()))}
-        for name, file in shards.items():
-            if name not in headers[file]:
+        if self.config.get("transformers_weights") is not None:
+            raise BarberError(
+                f"{self.location}: config.json: transformers_weights {self.config['transformers_weights']!r} is not "
+                f"supported; give that file the name {self.weights} (or {self.index}) and remove the entry"
+            )
+        self._listed = self._locate()
+        self._headers = {file: self._open(file) for file in sorted(set(self._listed.values()) or {self.weights})}
+        for name, file in self._listed.items():
+            if name not in self._headers[file]:
                 raise BarberError(f"{self.folder / file}: no tensor {name}, which {self.index} names; fetch both again")
+        # As in transformers, an index only says which files there are: a tensor that it does not name counts too, and
+        # of a tensor that several files hold, the last one counts.
+        shards = self._listed | {name: file for file, header in self._headers.items() for name in header}
         names = stored_names(shards, self.config.get("model_type"), self.location)
+        self._masks = {names.tensors[name]: (shards[mask], mask) for name, mask in names.masks.items()}
         self._stored = {name: (shards[stored], stored) for name, stored in names.tensors.items()}
-        self._masks = {name: (shards[stored], stored) for name, stored in names.masks.items()}
-        self._headers = {name: headers[file][stored] for name, (file, stored) in self._stored.items()}
-        self.files = {name: self._exported(file) for name, (file, _) in self._stored.items()}
+        self._stored = settle_head(self, self._stored)
+        exported = self._export_names()
+        self.files = {name: exported[file] for name, (file, _) in self._stored.items()}
 
     @classmethod
     def has_weights(cls, folder: Path) -> bool:
@@ -118,33 +128,35 @@ class ShardedFolder(ModelFolder):
         return list(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._headers[name][0]
+        file, stored = self._stored[name]
+        return self._headers[file][stored][0]
 
     def dtype(self, name: str) -> np.dtype:
-        given = self._headers[name][1]
+        file, stored = self._stored[name]
+        given = self._headers[file][stored][1]
         if given not in self.dtypes:
             raise BarberError(f"{self.location}: tensor {name} has dtype {given}; known: {', '.join(self.dtypes)}")
         return self.dtypes[given]
 
     def sources(self) -> list[Path]:
-        index = [self.index] if (self.folder / self.index).exists() else []
+        index = [self.index] if self._listed else []
         shards = sorted({file for file, _ in (*self._stored.values(), *self._masks.values())})
         return [self.folder / file for file in ("config.json", *index, *shards)]
 
     def fetch(self, name: str) -> np.ndarray:
         file, stored = self._stored[name]
         value = self._fetch(self.folder / file, stored)
-        if name not in self._masks:
+        if stored not in self._masks:
             return value
         mask = self._fetch_mask(name)
         # Only kept weights are multiplied: the product of a pruned one may be a negative zero or NaN.
         return np.multiply(value, mask.astype(value.dtype), where=mask != 0, out=np.zeros_like(value))
 
     def mask(self, name: str) -> np.ndarray | None:
-        return self._fetch_mask(name) != 0 if name in self._masks else None
+        return self._fetch_mask(name) != 0 if self._stored[name][1] in self._masks else None
 
     def _fetch_mask(self, name: str) -> np.ndarray:
-        file, stored = self._masks[name]
+        file, stored = self._masks[self._stored[name][1]]
         mask = self._fetch(self.folder / file, stored)
         if mask.shape != self.shape(name):
             wanted = list(self.shape(name))
@@ -165,8 +177,18 @@ class ShardedFolder(ModelFolder):
         """Name of the safetensors file that replaces `file` in an exported folder."""
         return file
 
+    def _export_names(self) -> dict[str, str]:
+        """File -> name of the safetensors file that replaces it in an exported folder."""
+        exported = {file: self._exported(file) for file, _ in self._stored.values()}
+        if len(set(exported.values())) == 1:
+            return exported
+        # Beside others, a file with this name would be taken for the whole model.
+        return {file: "model-0.safetensors" if to == "model.safetensors" else to for file, to in exported.items()}
+
     def _locate(self) -> dict[str, str]:
-        """Stored tensor name -> name of the file that holds it."""
+        """Stored tensor name -> name of the file that holds it, as the index lists them; {} for the single file."""
+        if (self.folder / self.weights).is_file():
+            return {}
         index = self.folder / self.index
         if index.exists():
             table = read_json(index, f"{index}: missing").get("weight_map")
@@ -179,11 +201,10 @@ class ShardedFolder(ModelFolder):
                     raise BarberError(f"{index}: {file!r} ({name}) is not the name of a {ending} file beside it")
                 if not (self.folder / file).is_file():
                     raise BarberError(
-                        f"{self.folder / file}: named in {self.index} but not there; fetch the missing shard"
+                        f"{self.folder / file}: named in {self.index} but not there; fetch the missing shard, "
+                        f"or delete {self.index} if it is a leftover"
                     )
             return table
-        if (self.folder / self.weights).is_file():
-            return dict.fromkeys(self._open(self.weights), self.weights)
         raise BarberError(f"{self.location}: neither {self.weights} nor {self.index} in it; fetch the weights")
 
 

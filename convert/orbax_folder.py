@@ -23,9 +23,13 @@ from barber_jax.console.errors import BarberError
 from barber_jax.convert.checkpoint import Checkpoint, split_files
 from barber_jax.convert.folder import FLOATS, ORBAX, ModelFolder
 from barber_jax.convert.parameters import to_flax, to_hf
+from barber_jax.convert.tied_head import HEAD, settle_head
 from barber_jax.masks.mask_file import Masks
 from barber_jax.models import build_model
 from barber_jax.models.family import Model
+
+HEAD_PATH = "head.lm_head.kernel"
+"""Path of the head in the tree."""
 
 
 class OrbaxCheckpoint(ModelFolder):
@@ -39,19 +43,24 @@ class OrbaxCheckpoint(ModelFolder):
         """
         super().__init__(folder, location)
         self._tree = self.folder.resolve() / ORBAX
-        stored = self._metadata()
+        self._stored = self._metadata()
+        model = build_model(self.config, jnp.float32)
+        # Of a tied pair either side may be stored, or both.
+        head = {HEAD: HEAD_PATH} if model.tied_embedding and HEAD_PATH in self._stored else {}
         self._paths: dict[str, str] = {}
         # In model order: a wrong number of layers must fail at the first missing tensor, not list billions of names.
-        for path, name in tree_paths(build_model(self.config, jnp.float32)):
-            if path not in stored:
+        for path, name in tree_paths(model):
+            if path in self._stored:
+                self._paths[name] = path
+            elif not head or name != model.names.head["lm_head.kernel"]:
                 raise BarberError(
                     f"{self._tree}: tensor params.{path} is missing; write the folder again or fix config.json"
                 )
-            self._paths[name] = path
-        unknown = stored.keys() - self._paths.values()
+        self._paths |= head
+        unknown = self._stored.keys() - self._paths.values()
         if unknown:
             raise BarberError(f"{self._tree}: tensor params.{min(unknown)} does not belong to the model in config.json")
-        self._stored = stored
+        self._paths = settle_head(self, self._paths)
         self.files = split_files({name: self.size(name) * self.dtype(name).itemsize for name in self._paths})
 
     def sources(self) -> list[Path]:

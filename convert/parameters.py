@@ -6,6 +6,7 @@ import numpy as np
 
 from barber_jax.console.errors import BarberError
 from barber_jax.convert.checkpoint import Checkpoint
+from barber_jax.convert.tied_head import HEAD
 from barber_jax.models.decoder import Definition
 from barber_jax.models.family import Model
 
@@ -46,19 +47,25 @@ def check_tensors(checkpoint: Checkpoint, model: Model) -> None:
         for path, shape in definition.shapes:
             name = table[path]
             if name not in present:
-                raise BarberError(
-                    f"{checkpoint.location}: tensor {name} is missing; fetch the checkpoint again or fix config.json"
-                )
+                raise BarberError(f"{checkpoint.location}: tensor {name} is missing; {_remedy(name, model, present)}")
             _check_shape(checkpoint, name, tuple(reversed(shape)) if path.endswith(".kernel") else shape)
             checkpoint.dtype(name)
             expected.add(name)
-    # A head stored along with a tied embedding is a copy of it; Hugging Face ignores it too.
-    known = expected | ({"lm_head.weight"} if model.tied_embedding else set())
+    # A head stored along with a tied embedding is a copy of it (`tied_head`).
+    known = expected | ({HEAD} if model.tied_embedding else set())
     for name in sorted(present - known):
         if not name.endswith(model.names.ignored):
             raise BarberError(
                 f"{checkpoint.location}: tensor {name} does not belong to the {model.model_type} model in config.json"
             )
+
+
+def _remedy(name: str, model: Model, present: set[str]) -> str:
+    pair = {model.names.embed["embed_tokens.embedding"], HEAD}
+    if name in pair and pair & present:
+        (other,) = pair - {name}
+        return f"fetch the checkpoint again or, if {other} is both, set tie_word_embeddings to true in config.json"
+    return "fetch the checkpoint again or fix config.json"
 
 
 def _parts(model: Model) -> Iterator[tuple[Definition, dict[str, str]]]:

@@ -8,6 +8,7 @@ May import: nothing of this package.
 | `command`, `options` | command-line parsing; groups of options |
 | `extras` | optional packages |
 | `progress` | live progress bar, or plain lines, on stderr |
+| `notes` | single lines on stderr that are no error |
 | `interrupt` | reliable handling of Ctrl-C |
 | `files` | file-system errors while writing |
 """

@@ -5,6 +5,7 @@ import os
 
 import jax
 
+from barber_jax.console import notes
 from barber_jax.console.errors import BarberError
 
 HEARTBEAT_S = 60
@@ -41,6 +42,8 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
         cause = str(error).strip().split("\n")[0]
         where = coordinator or "the cluster's coordinator"
         raise BarberError(f"--coordinator: cannot join the other processes through {where} ({cause})") from error
+    if jax.process_index():
+        notes.silence()
 
 
 def in_cluster() -> bool:
