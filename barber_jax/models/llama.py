@@ -135,7 +135,10 @@ def read_config(raw: dict) -> LlamaConfig:
     if raw.get("head_dim") is None:
         config.require_multiple("hidden_size", "num_attention_heads", hidden, heads)
     positions = config.size("max_position_embeddings", 2048)
-    head_size, rope = config.size("head_dim", hidden // heads), Rope.from_hf({**raw, "max_position_embeddings": positions})
+    head_size, rope = (
+        config.size("head_dim", hidden // heads),
+        Rope.from_hf({**raw, "max_position_embeddings": positions}),
+    )
     rope.check(head_size)
     bias = config.flag("attention_bias", False)
     return LlamaConfig(
