@@ -15,7 +15,7 @@ from barber_jax.console import interrupt
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.progress import Progress
 from barber_jax.convert.checkpoint import Checkpoint, open_checkpoint
-from barber_jax.convert.export import RUN, FolderWriter, check_destination, sibling_path
+from barber_jax.convert.export import RUN, FolderWriter, claimed, sibling_path
 from barber_jax.convert.formats import apply_format
 from barber_jax.convert.hf_folder import HFFolder
 from barber_jax.convert.parameters import check_tensors
@@ -51,10 +51,15 @@ def prune(config: PruneConfig) -> dict:
     Raises:
         BarberError: an error that the user can fix; nothing is left under --out.
     """
-    start_time = time.perf_counter()
     inputs = [config.ckpt, config.calibration, config.eval_text, config.masks, config.sparse_ckpt]
-    if is_primary():
-        check_destination(config.out, config.overwrite, [Path(given) for given in inputs if given])
+    paths = [Path(given) for given in inputs if given]
+    with claimed(config.out, config.overwrite, paths) if is_primary() else contextlib.nullcontext():
+        return _prune(config)
+
+
+def _prune(config: PruneConfig) -> dict:
+    """Do what `prune` does, with --out claimed."""
+    start_time = time.perf_counter()
     checkpoint = open_checkpoint(config.ckpt)
     sparse = open_checkpoint(config.sparse_ckpt) if config.sparse_ckpt else None
     model = build_model(checkpoint.config, jnp.dtype(config.compute_dtype))
@@ -108,8 +113,9 @@ def prune(config: PruneConfig) -> dict:
             try_report(writer.folder, config.out, progress)
             apply_format(writer.folder, config.format)
             interrupt.check()
-            writer.publish()
-            state.remove()
+            with interrupt.deferred():
+                writer.publish()
+                state.remove()
         progress.say(summary(record))
     return record
 

@@ -1,5 +1,6 @@
 """Command `python -m barber_jax.report`: regenerate report.html of a pruned checkpoint."""
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +9,7 @@ import tyro
 
 from barber_jax.console.command import parse
 from barber_jax.console.errors import exit_with_one_line
+from barber_jax.console.locks import output_lock
 from barber_jax.reports.report_page import write_report
 
 
@@ -22,7 +24,10 @@ class ReportConfig:
 def run(arguments: list[str] | None = None) -> None:
     """Run the command with command-line arguments (default sys.argv) and print the path of report.html."""
     config = parse(ReportConfig, "barber_jax.report", arguments)
-    print(write_report(config.folder.expanduser()))
+    folder = config.folder.expanduser()
+    with output_lock(folder) if folder.is_dir() else contextlib.nullcontext():
+        report = write_report(folder)
+    print(report)
 
 
 if __name__ == "__main__":

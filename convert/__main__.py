@@ -12,7 +12,7 @@ from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.files import writing
 from barber_jax.convert.checkpoint import Checkpoint, open_checkpoint
-from barber_jax.convert.export import MASKS, RUN, FolderWriter, check_destination
+from barber_jax.convert.export import MASKS, RUN, FolderWriter, claimed
 from barber_jax.convert.folder import ModelFolder, read_json
 from barber_jax.convert.formats import Format, apply_format
 from barber_jax.convert.parameters import check_tensors
@@ -47,7 +47,12 @@ def convert(config: ConvertConfig) -> None:
     Raises:
         BarberError: the source cannot be read or --out cannot be written; nothing is left under --out then.
     """
-    check_destination(config.out, config.overwrite, [Path(config.ckpt)])
+    with claimed(config.out, config.overwrite, [Path(config.ckpt)]):
+        _convert(config)
+
+
+def _convert(config: ConvertConfig) -> None:
+    """Do what `convert` does, with --out claimed."""
     checkpoint = open_checkpoint(config.ckpt)
     check_tensors(checkpoint, build_model(checkpoint.config, jnp.dtype("float32")))
     with FolderWriter(config.out, checkpoint) as writer:

@@ -1,5 +1,6 @@
 """python -m barber_jax.convert.apply_masks: apply a mask file to a model in PyTorch. JAX is not imported."""
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING
 from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.extras import needs
+from barber_jax.console.locks import output_lock
 from barber_jax.convert.tokenizer_files import save_tokenizer
 from barber_jax.masks.mask_file import read_masks
 
@@ -41,6 +43,13 @@ def apply(config: ApplyConfig) -> None:
     out = config.out
     if config.check_only and out:
         raise BarberError("--check-only saves nothing; leave out --out or --check-only")
+    with output_lock(out) if out else contextlib.nullcontext():
+        _apply(config)
+
+
+def _apply(config: ApplyConfig) -> None:
+    """Do what `apply` does, with --out locked."""
+    out = config.out
     if out and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise BarberError(f"--out {out} exists and is not an empty folder; give another folder")
     masks = read_masks(config.masks)

@@ -4,17 +4,20 @@ The folder has a temporary name until it is complete.
 """
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from barber_jax.console import interrupt
 from barber_jax.console.errors import BarberError
 from barber_jax.console.files import writing
+from barber_jax.console.locks import FolderIdentity, output_lock
 from barber_jax.convert.checkpoint import Checkpoint
 from barber_jax.convert.finite import require_finite
 from barber_jax.convert.hf_folder import INDEX
@@ -25,10 +28,13 @@ from barber_jax.models import plain_config
 MASKS = FILE_NAME
 START_MASKS = "start_masks.safetensors"
 RUN = "run.json"
+PARTIAL = ".partial"
+"""Suffix of an output folder's name until it is complete."""
 
 
-def check_destination(out: Path, overwrite: bool, inputs: Iterable[Path]) -> None:
-    """Check that an output folder may be written, before any work is done.
+@contextlib.contextmanager
+def claimed(out: Path, overwrite: bool, inputs: Iterable[Path]) -> Iterator[None]:
+    """Context manager that locks an output folder and checks that it can be written and published, before any work.
 
     Args:
         out: the folder to create.
@@ -36,9 +42,20 @@ def check_destination(out: Path, overwrite: bool, inputs: Iterable[Path]) -> Non
         inputs: files and folders that the run reads.
 
     Raises:
-        BarberError: `out` exists and may not be replaced, or it is, contains or is inside an input.
+        BarberError: another command holds the lock; `out` exists and may not be replaced, or cannot be; or it is,
+            contains or is inside an input.
     """
     out = _absolute(out)
+    # First, as the lock file must not be put into an input.
+    _check_apart(out, inputs)
+    with output_lock(out):
+        _check_replaceable(out, overwrite)
+        _try_publishing(out)
+        yield
+
+
+def _check_apart(out: Path, inputs: Iterable[Path]) -> None:
+    """Raise `BarberError` if an output folder is, contains or is inside an input."""
     for given in inputs:
         path = _absolute(given)
         if not path.exists():
@@ -47,16 +64,59 @@ def check_destination(out: Path, overwrite: bool, inputs: Iterable[Path]) -> Non
             raise BarberError(f"--out {out} is or is inside {given}, which the run reads; choose another folder")
         if out in path.parents:
             raise BarberError(f"--out {out} contains {given}, which the run reads; choose another folder")
+
+
+def _check_replaceable(out: Path, overwrite: bool) -> None:
+    """Raise `BarberError` if there is something at `out` that may not be replaced."""
     if not out.exists():
         return
     if not out.is_dir():
         raise BarberError(f"--out {out} is a file; choose another name")
+    if os.path.ismount(out):
+        raise BarberError(f"--out {out} is a mount point, which cannot be replaced; name a new folder inside it")
     if not overwrite:
         raise BarberError(f"--out {out} exists; give --overwrite to replace it or choose another folder")
     if any(out.iterdir()) and not (out / RUN).exists():
         raise BarberError(
             f"--out {out} is not the result of an earlier run, which --overwrite could replace; choose another folder"
         )
+
+
+def _try_publishing(out: Path) -> None:
+    """Do what `FolderWriter.publish` does, with empty folders; `out`, if it exists, is not moved.
+
+    Raises:
+        BarberError: a folder beside `out` cannot be written or renamed, or `out` cannot be moved away from its name.
+    """
+    trial = sibling_path(out, PARTIAL)
+    with writing(out):
+        # Only a killed run leaves a folder of this name behind.
+        shutil.rmtree(trial, ignore_errors=True)
+        try:
+            occupied = trial / "renamed"
+            (trial / "new" / "content").mkdir(parents=True)
+            (trial / "new").rename(occupied)
+            if out.exists():
+                _try_moving(out, occupied)
+        finally:
+            shutil.rmtree(trial, ignore_errors=True)
+
+
+def _try_moving(out: Path, occupied: Path) -> None:
+    """Raise `BarberError` if a folder cannot be moved: it is mounted, another user's, or part of a container's image.
+
+    It is renamed to the name of a folder that is not empty. That must fail, and the reason tells whether another name
+    would have done.
+    """
+    try:
+        out.rename(occupied)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return
+        cause = "is a mount point" if error.errno == errno.EBUSY else f"cannot be moved ({error.strerror})"
+        raise BarberError(f"--out {out} {cause}, so it cannot be replaced; choose another folder") from error
+    # A file system that has replaced the folder all the same.
+    occupied.rename(out)
 
 
 def _absolute(path: Path) -> Path:
@@ -73,7 +133,8 @@ def sibling_path(out: Path, suffix: str) -> Path:
 class FolderWriter:
     """Writes a checkpoint folder; a context manager that removes the folder if it is not published.
 
-    Tensors keep the source's dtype and shard layout. The folder gets its final name in `publish`.
+    Tensors keep the source's dtype and shard layout. The folder gets its final name in `publish`. Use it
+    while `out` is `claimed`.
 
     Args:
         out: final path of the folder.
@@ -99,7 +160,7 @@ class FolderWriter:
         save_start: bool = False,
     ):
         self.out = _absolute(out)
-        self.folder = sibling_path(self.out, ".partial")
+        self.folder = sibling_path(self.out, PARTIAL)
         self._source = source
         for name in (MASKS, START_MASKS):
             if name in source.files.values():
@@ -109,6 +170,7 @@ class FolderWriter:
             # Only a killed run leaves a folder of this name behind.
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir()
+            self._identity = FolderIdentity(self.folder)
         self._open = contextlib.ExitStack()
         try:
             # The tokenizer is written first: if it cannot be, the run fails before the work and not after it.
@@ -185,14 +247,23 @@ class FolderWriter:
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     def publish(self) -> None:
-        """Rename the folder to its final name, replacing a folder that has it."""
-        with writing(self.out):
+        """Rename the folder to its final name, replacing a folder that has it.
+
+        Raises:
+            BarberError: the folder cannot be renamed, or is no longer the one that this object has written.
+        """
+        if not self._identity.is_at(self.folder):
+            raise BarberError(
+                f"cannot write {self.out}: {self.folder} was removed or replaced by something else while it was "
+                "written; run the same command again"
+            )
+        with interrupt.deferred(), writing(self.out):
             if not self.out.exists():
                 self.folder.rename(self.out)
                 return
             # The old folder is moved into a new temporary folder, so that nothing else can be deleted with it.
             with tempfile.TemporaryDirectory(
-                prefix=f"{self.out.name}.old.", dir=self.out.parent, ignore_cleanup_errors=True
+                prefix=f"{self.out.name[:50]}.old.", dir=self.out.parent, ignore_cleanup_errors=True
             ) as temporary:
                 old = self.out.rename(Path(temporary) / self.out.name)
                 try:
@@ -205,7 +276,9 @@ class FolderWriter:
         return self
 
     def __exit__(self, *exception) -> None:
-        # After `publish` there is no folder of this name; before it, the folder is unfinished.
         with contextlib.suppress(ValueError, BarberError):
             self._open.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        # After `publish` there is no folder of this name; before it, the folder is unfinished.
+        if self._identity.is_at(self.folder):
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._identity.close()

@@ -81,6 +81,7 @@ class SafetensorsWriter:
             if self.path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             self._file = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            self._stat = os.fstat(self._file)
         try:
             with self._reporting_os_errors():
                 _reserve(self._file, size)
@@ -125,8 +126,11 @@ class SafetensorsWriter:
             raise ValueError(f"{self.path}: {len(self._unwritten)} tensors were not written, such as {missing}")
         try:
             with self._reporting_os_errors():
+                replaced = not self._is_in_place()
                 descriptor, self._file = self._file, -1
                 os.close(descriptor)
+                if replaced:
+                    raise FileExistsError(errno.EEXIST, "another file has taken its place while it was written")
                 os.replace(self._partial, self.path)
         except BarberError:
             self.abort()
@@ -139,7 +143,12 @@ class SafetensorsWriter:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
         with contextlib.suppress(OSError):
-            self._partial.unlink()
+            if self._is_in_place():
+                self._partial.unlink()
+
+    def _is_in_place(self) -> bool:
+        """Whether the partial file is still the one that was opened, and not another of its name."""
+        return os.path.samestat(self._stat, os.lstat(self._partial))
 
     def __enter__(self) -> "SafetensorsWriter":
         return self

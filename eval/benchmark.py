@@ -282,10 +282,10 @@ def run(arguments: list[str] | None = None) -> None:
             f"--json {config.json} is a folder or its folder does not exist; name a file in an existing one"
         )
     figures = benchmark(config)
-    show(figures)
     if config.json is not None:
         with writing(config.json):
             config.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    show(figures)
 
 
 if __name__ == "__main__":

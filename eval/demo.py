@@ -17,6 +17,7 @@ from rich.table import Table
 from barber_jax.config import PruneConfig
 from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
+from barber_jax.console.locks import output_lock
 from barber_jax.data.text import read_documents
 from barber_jax.devices.settings import prepare_jax
 from barber_jax.prune import prune
@@ -105,6 +106,12 @@ def show(record: dict) -> None:
 def run(arguments: list[str] | None = None) -> None:
     """Command line (None: sys.argv): fetch, prune to 50 % sparsity, print the comparison."""
     folder = parse(DemoConfig, "barber_jax.eval.demo", arguments).folder
+    with output_lock(folder):
+        demo(folder)
+
+
+def demo(folder: Path) -> None:
+    """Fetch model and text into a folder, prune, and print the comparison."""
     folder.mkdir(parents=True, exist_ok=True)
     model = fetch(*MODEL, folder)
     calibration, held_out = split_prose(fetch(*PROSE, folder), folder)

@@ -318,5 +318,13 @@ def _run_module(module: str, arguments: list[str], log: Callable[[str], None]) -
     """Run `python -m barber_jax.MODULE` in a process of its own; raise `BarberError` if it fails."""
     line = [sys.executable, "-m", f"barber_jax.{module}", *arguments]
     log(f"python -m barber_jax.{module} {shlex.join(arguments)}")
-    if subprocess.run(line, stdout=subprocess.DEVNULL).returncode:
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL)
+    try:
+        status = process.wait()
+    except BaseException:
+        # Not killed, as `subprocess.run` would: the run says how it can be resumed, and removes what is unfinished.
+        process.terminate()
+        process.wait()
+        raise
+    if status:
         raise BarberError(f"barber_jax.{module} failed, see above; run the same command again to continue")

@@ -113,11 +113,11 @@ def run(arguments: list[str] | None = None) -> None:
             f"--json {config.json} is a folder or its folder does not exist; name a file in an existing one"
         )
     results = evaluate(config)
+    if config.json is not None:
+        write_results(results, config.json)
     for result in results:
         name = f"{result['source']}: " if len(results) > 1 else ""
         print(f"{name}perplexity {result['perplexity']:.4f} ({result['windows']} windows of {result['length']} tokens)")
-    if config.json is not None:
-        write_results(results, config.json)
 
 
 def write_results(results: list[dict], path: Path) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.files import writing
+from barber_jax.console.locks import output_lock
 from barber_jax.eval import device_page
 from barber_jax.eval.agreement import agreement, incomparable_reason
 from barber_jax.eval.grid import read_grid, run_grid
@@ -126,13 +127,15 @@ def run(arguments: list[str] | None = None) -> None:
     config = parse(StudyConfig, "barber_jax.eval.study", arguments)
     out = Path(os.path.expanduser(config.out))
     folders = list(config.folders)
-    if config.grid:
-        console = Console(stderr=True, highlight=False, soft_wrap=True)
-        folders += run_grid(read_grid(list(config.grid)), config.ckpt, out, console.print)
-    checked = [folder for folder in map(Path.expanduser, folders) if (folder / device_page.CHECK_FILE).is_file()]
-    checks = device_page.read_checks(checked)
-    runs = load_runs([folder for folder in folders if folder.expanduser() not in checked])
-    print(study(runs, out, config.agreement, checks))
+    with output_lock(out):
+        if config.grid:
+            console = Console(stderr=True, highlight=False, soft_wrap=True)
+            folders += run_grid(read_grid(list(config.grid)), config.ckpt, out, console.print)
+        checked = [folder for folder in map(Path.expanduser, folders) if (folder / device_page.CHECK_FILE).is_file()]
+        checks = device_page.read_checks(checked)
+        runs = load_runs([folder for folder in folders if folder.expanduser() not in checked])
+        text = study(runs, out, config.agreement, checks)
+    print(text)
     print(f"{out / 'study.html'}, study.md, study.json")
 
 

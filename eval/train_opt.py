@@ -5,6 +5,7 @@ take a few minutes. Without `--text` the text is that of eval/demo.py: four fift
 for perplexity.
 """
 
+import errno
 import json
 import math
 import shutil
@@ -27,8 +28,9 @@ from rich.progress import track
 from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.files import writing
+from barber_jax.console.locks import FolderIdentity
 from barber_jax.convert.checkpoint import open_checkpoint
-from barber_jax.convert.export import sibling_path
+from barber_jax.convert.export import PARTIAL, claimed, sibling_path
 from barber_jax.convert.hf_folder import WEIGHTS
 from barber_jax.convert.parameters import to_hf
 from barber_jax.convert.safetensors_writer import SafetensorsWriter
@@ -265,11 +267,13 @@ def write_checkpoint(out: Path, config: dict, tensors: dict[str, np.ndarray], to
 
     If writing fails, nothing is left behind.
     """
-    folder = sibling_path(out, ".partial")
+    folder = sibling_path(out, PARTIAL)
+    with writing(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        identity = FolderIdentity(folder)
     try:
         with writing(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
             for name, content in {"config.json": json.dumps(config, indent=2) + "\n", **texts}.items():
                 (folder / name).write_text(content, encoding="utf-8")
             save_tokenizer(tokenizer, folder)
@@ -277,14 +281,25 @@ def write_checkpoint(out: Path, config: dict, tensors: dict[str, np.ndarray], to
             with SafetensorsWriter(folder / WEIGHTS, specs, {"format": "pt"}) as file:
                 for name, tensor in tensors.items():
                     file.write(name, tensor)
+            if not identity.is_at(folder):
+                raise FileNotFoundError(errno.ENOENT, "removed or replaced by something else while it was written")
             folder.rename(out)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if identity.is_at(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+        identity.close()
 
 
 def run(arguments: list[str] | None = None) -> None:
     """Command line: train, write the checkpoint, print training losses and held-out perplexity."""
     config = parse(TrainConfig, "barber_jax.eval.train_opt", arguments)
+    inputs = [*config.text, *([config.eval_text] if config.eval_text else [])]
+    with claimed(config.out, overwrite=False, inputs=inputs):
+        _run(config)
+
+
+def _run(config: TrainConfig) -> None:
+    """Do what `run` does, with --out claimed."""
     prepare_jax()
     start = time.monotonic()
     text, held_out = read_prose(config)

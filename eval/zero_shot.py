@@ -142,10 +142,10 @@ def run(arguments: list[str] | None = None) -> None:
         )
     prepare_jax()
     record = evaluate(config)
-    Console().print(table(record))
     if config.json is not None:
         with writing(config.json):
             config.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    Console().print(table(record))
 
 
 if __name__ == "__main__":

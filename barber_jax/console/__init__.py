@@ -9,7 +9,9 @@ May import: nothing of this package.
 | `extras` | optional packages |
 | `progress` | live progress bar, or plain lines, on stderr |
 | `notes` | single lines on stderr that are no error |
-| `interrupt` | reliable handling of Ctrl-C |
+| `interrupt` | reliable handling of Ctrl-C, SIGTERM and SIGHUP |
+| `streams` | standard streams that are closed, full or gone |
+| `locks` | one lock per output folder; folders recognised by what they are |
 | `files` | file-system errors while writing |
 """
 

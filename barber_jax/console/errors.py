@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from barber_jax.console import interrupt
+from barber_jax.console import interrupt, streams
 
 
 class BarberError(Exception):
@@ -18,10 +18,12 @@ class DamagedInput(BarberError):
 def exit_with_one_line(main: Callable[[], None]) -> None:
     """Run a command's `main` and report expected errors as one line `error: ...` on stderr, without a traceback.
 
-    `BarberError` and any `OSError` that names a file give exit status 2, `KeyboardInterrupt` gives 130.
+    `BarberError` and any `OSError` that names a file give exit status 2, Ctrl-C gives 130, SIGTERM 143, SIGHUP 129.
+    A stderr that cannot be written changes nothing.
     """
     # On import transformers warns that PyTorch is missing; commands that need PyTorch check for it themselves.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    streams.protect()
     interrupt.install_handler()
     try:
         with interrupt.reraised():
@@ -36,7 +38,7 @@ def exit_with_one_line(main: Callable[[], None]) -> None:
         print(f"error: {error.filename}: {error.strerror}; fix this path or give another path", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        print(f"error: {interrupt.message()}", file=sys.stderr)
+        raise SystemExit(interrupt.exit_status()) from None
     finally:
         interrupt.exit_on_interrupt()

@@ -1,35 +1,53 @@
-"""Handle Ctrl-C reliably.
+"""Handle Ctrl-C, SIGTERM and SIGHUP reliably, and alike: the run ends with `KeyboardInterrupt`, and can be resumed.
 
 A `KeyboardInterrupt` raised inside a callback of JAX (during garbage collection, for example) is swallowed there, and
 the run would continue. The signal handler here also remembers the interrupt, and `check` raises it again.
 """
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 from types import FrameType
 
-_interrupted = False
+_DEFAULTS = {
+    getattr(signal, name): default
+    for name, default in (
+        ("SIGINT", signal.default_int_handler),
+        ("SIGTERM", signal.SIG_DFL),
+        ("SIGHUP", signal.SIG_DFL),  # Windows has no SIGHUP.
+    )
+    if hasattr(signal, name)
+}
+"""Signals that end a run -> their handler in a Python process that was started without special settings."""
+
+_received: int | None = None
+_process = 0
+_deferring = 0
 
 
 def install_handler() -> None:
-    """From now on remember Ctrl-C, besides raising `KeyboardInterrupt`. Call it from the main thread.
+    """From now on remember the signals, besides raising `KeyboardInterrupt`. Call it from the main thread.
 
-    Does nothing where the shell has set SIGINT to be ignored.
+    A signal that is set to be ignored stays ignored: SIGINT of a shell's background job, SIGHUP under nohup.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _handle)
+    global _process
+    _process = os.getpid()
+    for number, default in _DEFAULTS.items():
+        if signal.getsignal(number) == default:
+            signal.signal(number, _handle)
 
 
 def exit_on_interrupt() -> None:
-    """From now on let Ctrl-C end the process at once, so that clean-up at exit prints no traceback."""
-    if signal.getsignal(signal.SIGINT) is _handle:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """From now on let the signals end the process at once, so that clean-up at exit prints no traceback."""
+    for number in _DEFAULTS:
+        if signal.getsignal(number) is _handle:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
 def reraised() -> Iterator[None]:
-    """Raise `KeyboardInterrupt` in place of any other error after Ctrl-C: interrupted C++ code may raise its own."""
+    """Raise `KeyboardInterrupt` in place of any other error after an interrupt: C++ code may raise its own."""
     try:
         yield
     except Exception:
@@ -37,13 +55,45 @@ def reraised() -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """Hold an interrupt back until the end of the body: for steps that must all be done, or none."""
+    global _deferring
+    _deferring += 1
+    try:
+        yield
+    finally:
+        _deferring -= 1
+    if not _deferring:
+        check()
+
+
 def check() -> None:
-    """Raise `KeyboardInterrupt` if Ctrl-C was pressed since `install_handler`."""
-    if _interrupted:
+    """Raise `KeyboardInterrupt` if a signal came since `install_handler`."""
+    if _received is not None:
         raise KeyboardInterrupt
 
 
-def _handle(signum: int, frame: FrameType | None) -> None:
-    global _interrupted
-    _interrupted = True
-    raise KeyboardInterrupt
+def message() -> str:
+    """What ended the run, for its last line."""
+    return "interrupted" if _received in (None, signal.SIGINT) else f"interrupted by {signal.Signals(_received).name}"
+
+
+def exit_status() -> int:
+    """Exit status after an interrupt, as shells have it: 128 and the signal's number, so 130 for Ctrl-C."""
+    return 128 + (signal.SIGINT if _received is None else _received)
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    global _received
+    if os.getpid() != _process:
+        # A forked worker process, which its parent ends with SIGTERM.
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+    first = _received is None
+    if first:
+        _received = number
+    # A closing terminal, or a scheduler, sends several signals: those after the first one must not interrupt the
+    # clean-up. Who presses Ctrl-C again means it.
+    if not _deferring and (first or number == signal.SIGINT):
+        raise KeyboardInterrupt

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from barber_jax.console.streams import ForgivingStream
+
 
 class Progress:
     """Progress of a command that has one or several phases. A context manager.
@@ -22,9 +24,10 @@ class Progress:
 
     def __init__(self, verbose: bool = False, plain_every: float = 20.0, silent: bool = False):
         self.verbose, self.plain_every = verbose, plain_every
+        stderr = ForgivingStream(sys.stderr)
         # In a log file a line must stay one line: rich would wrap it at 80 columns.
-        width = None if sys.stderr.isatty() else 10_000
-        self._console = Console(file=sys.stderr, highlight=False, width=width, quiet=silent)
+        width = None if stderr.isatty() else 10_000
+        self._console = Console(file=stderr, highlight=False, width=width, quiet=silent)
         self.bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -32,6 +32,8 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
         return
     # On CPU, collectives between processes need gloo.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # It would take SIGTERM for itself: the run would not end.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT_S, shutdown_timeout_seconds=SHUTDOWN_S
