@@ -12,6 +12,7 @@ long costs no other. DIR gets device_check.json, written again after every step,
 several side by side.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -31,6 +32,7 @@ from rich.console import Console
 from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.files import writing
+from barber_jax.console.locks import output_lock
 from barber_jax.eval import device_page, synthetic
 from barber_jax.eval.device_kernels import PRECISIONS, SHAPES, ShapeName
 from barber_jax.eval.device_page import CHECK_FILE, FORMAT, VERSION
@@ -252,7 +254,8 @@ def run(arguments: list[str] | None = None) -> None:
     """Command line: run the check, print its tables."""
     config = parse(DeviceCheckConfig, "barber_jax.eval.device_check", arguments)
     out = config.out.expanduser()
-    content = device_check(DeviceCheckConfig(out=out, minutes=config.minutes, shape=config.shape), Console(stderr=True))
+    with output_lock(out):
+        content = device_check(dataclasses.replace(config, out=out), Console(stderr=True))
     print(device_page.markdown_page([(out.resolve().name, content)]))
     print(f"{out / CHECK_FILE}, {Path(CHECK_FILE).with_suffix('.html')}")
     if not any(step["status"] == "done" for step in content["steps"]):
