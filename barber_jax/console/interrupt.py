@@ -70,8 +70,13 @@ def deferred() -> Iterator[None]:
 
 def check() -> None:
     """Raise `KeyboardInterrupt` if a signal came since `install_handler`."""
-    if _received is not None:
+    if received():
         raise KeyboardInterrupt
+
+
+def received() -> bool:
+    """Whether a signal came since `install_handler`."""
+    return _received is not None
 
 
 def message() -> str:

@@ -1,11 +1,14 @@
 """Initialise `jax.distributed` for a run over several processes, from options or from the cluster's environment."""
 
+import atexit
+import contextlib
 import importlib.util
 import os
+import sys
 
 import jax
 
-from barber_jax.console import notes
+from barber_jax.console import interrupt, notes
 from barber_jax.console.errors import BarberError
 
 HEARTBEAT_S = 60
@@ -46,6 +49,17 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
         raise BarberError(f"--coordinator: cannot join the other processes through {where} ({cause})") from error
     if jax.process_index():
         notes.silence()
+    # After JAX's own, so that it is called before that one, which waits for the other processes.
+    atexit.register(_leave_at_once_if_interrupted)
+
+
+def _leave_at_once_if_interrupted() -> None:
+    """End the process if a signal has ended its run: the other processes wait for it, and it must not wait for them."""
+    if interrupt.received():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(interrupt.exit_status())
 
 
 def in_cluster() -> bool:

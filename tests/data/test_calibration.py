@@ -107,11 +107,11 @@ def json_lines(documents) -> bytes:
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("c4-train.00000-of-01024.json.gz", gzip.compress(json_lines("ab"))),
+        ("c4-train.00000-of-01024.json.gz", gzip.compress(json_lines("ab"), mtime=0)),
         ("c4-train.00000-of-01024.json", json_lines("ab")),
         ("array.json", json.dumps([{"text": "a"}, {"text": "b"}], indent=1).encode()),
         ("UPPER.JSONL", b"\xef\xbb\xbf" + json_lines("ab")),
-        ("a.Jsonl.GZ", gzip.compress(b"\xef\xbb\xbf" + json_lines("ab"))),
+        ("a.Jsonl.GZ", gzip.compress(b"\xef\xbb\xbf" + json_lines("ab"), mtime=0)),
     ],
 )
 def test_json_under_every_name(tmp_path, name, content):
@@ -120,7 +120,7 @@ def test_json_under_every_name(tmp_path, name, content):
 
 
 def test_gzipped_txt(tmp_path):
-    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"\xef\xbb\xbfone\r\ntwo"))
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"\xef\xbb\xbfone\r\ntwo", mtime=0))
     assert text.read_documents(tmp_path / "a.txt.gz") == ["one\ntwo"]
 
 
@@ -170,7 +170,7 @@ def test_an_edited_file_is_not_read_from_a_cache(tmp_path):
         ("a.md", b"text\n", r"unknown suffix '\.md'; give \.txt.*copy it to a \.txt"),
         ("a.parquet.gz", b"text\n", r"unknown suffix '\.gz'; give \.txt"),
         ("a.jsonl.gz", b"text\n", "damaged or not gzip"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "damaged or not gzip"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9], "damaged or not gzip"),
         ("a.json", b'[{"text": "a"}, 3]', "row 1 is not a JSON object"),
         ("a.json", b'[{"text": "a"},\n', "the array in it is not JSON"),
         ("a.json", b'{\n"text": "a"}\n', "line 1 is not JSON .*; write one object per line"),

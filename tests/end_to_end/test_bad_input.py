@@ -4,13 +4,16 @@ Most cases call the command lines' own entry in this process; the last ones go t
 """
 
 import contextlib
+import errno
 import json
+import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -598,7 +601,15 @@ def test_overwrite_replaces_the_result_and_nothing_beside_it(sound, ids, tmp_pat
     assert HFFolder(tmp_path / "out").names()
 
 
-def test_old_result_comes_back_when_the_new_one_cannot_take_its_place(sound, tmp_path):
+def test_old_result_comes_back_when_the_new_one_cannot_take_its_place(sound, tmp_path, monkeypatch):
+    rename = Path.rename
+
+    def refusing(self, target):
+        if self.name == "out.partial":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refusing)
     out = tmp_path / "out"
     out.mkdir()
     (out / "run.json").write_text("old")
@@ -606,7 +617,6 @@ def test_old_result_comes_back_when_the_new_one_cannot_take_its_place(sound, tmp
         pytest.raises(BarberError, match=f"cannot write {out}"),
         FolderWriter(out, HFFolder(sound), [], "x", 0) as writer,
     ):
-        shutil.rmtree(writer.folder)
         writer.publish()
     assert snapshot(tmp_path) == {out: None, out / "run.json": b"old"}
 

@@ -126,22 +126,26 @@ def test_killed_at_any_moment(moment, inputs, tmp_path):
         done = subprocess.run([*program, *resume], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert figures(out) == figures(reference)
-    # Killed when the result had its name already, the run's blocks may be left; nothing else ever is.
-    assert {path.name for path in tmp_path.iterdir()} <= {"out", "out.run"}
+    # Killed when the result had its name already, the run's blocks and the lock file may be left; nothing else ever is.
+    assert {path.name for path in tmp_path.iterdir()} <= {"out", "out.run", ".out.lock"}
 
 
-def test_interrupted_by_the_user(inputs, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "status", "last"),
+    [(signal.SIGINT, 130, "error: interrupted"), (signal.SIGTERM, 143, "error: interrupted by SIGTERM")],
+)
+def test_interrupted_by_a_signal(number, status, last, inputs, tmp_path):
     program = [sys.executable, "-m", "barber_jax.prune", *line(inputs, tmp_path / "out")]
     process = subprocess.Popen(program, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (tmp_path / "out.run" / "1").exists() and time.monotonic() < deadline:
         time.sleep(0.002)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     said = process.communicate(timeout=60)[1]
     if process.returncode == 0:
         pytest.skip("the run was faster than the signal")
-    assert process.returncode == 130
-    assert said.splitlines()[-1] == "error: interrupted" and "--resume continues from there" in said
+    assert process.returncode == status
+    assert said.splitlines()[-1] == last and "--resume continues from there" in said
     assert "Traceback" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["out.run"]
 
