@@ -126,6 +126,33 @@ def test_a_process_that_dies_stops_the_other(inputs):
     assert not (inputs / "two").exists()
 
 
+LEAVING = """
+import atexit, os, signal, sys
+import jax
+from barber_jax.console import exit_with_one_line
+from barber_jax.devices import hosts
+def initialize(*arguments, **settings):
+    # With it, JAX takes SIGTERM for itself.
+    assert not jax.config.jax_enable_preemption_service
+    atexit.register(lambda: os.write(1, b"waiting for the others"))
+jax.distributed.initialize = initialize
+def main():
+    hosts.join("here:1", 2, 1)
+    if sys.argv[1] == "stopped":
+        signal.raise_signal(signal.SIGTERM)
+exit_with_one_line(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "out", "err"),
+    [("finished", 0, "waiting for the others", ""), ("stopped", 143, "", "error: interrupted by SIGTERM\n")],
+)
+def test_a_stopped_process_does_not_wait_for_those_that_wait_for_it(end, status, out, err):
+    process = subprocess.run([sys.executable, "-c", LEAVING, end], capture_output=True, text=True, timeout=120)
+    assert (process.returncode, process.stdout, process.stderr) == (status, out, err)
+
+
 def test_processes_with_different_options_stop(inputs):
     both = start(inputs, inputs / "two", 2)
     both[1].kill()

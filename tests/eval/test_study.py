@@ -5,6 +5,8 @@ import json
 import math
 import shlex
 import shutil
+import signal
+import sys
 
 import numpy as np
 import pytest
@@ -371,6 +373,32 @@ def test_every_run_of_a_grid_is_a_process_of_its_own(tmp_path):
     path.write_text(path.read_text().replace(str(IDS), str(tmp_path / "gone.npy")))
     with pytest.raises(BarberError, match="prune failed"):
         run_grid(read_grid([path]), str(LLAMA), tmp_path / "elsewhere", lambda line: None)
+
+
+def test_a_grid_that_is_interrupted_lets_its_run_end_by_itself(tmp_path, monkeypatch):
+    program = tmp_path / "python"
+    program.write_text(
+        f"#!{sys.executable}\nimport pathlib, signal, sys, time\nhere = pathlib.Path(__file__).parent\n"
+        "def end(*_):\n    time.sleep(1)\n    (here / 'ended').touch()\n    sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, end)\n(here / 'began').touch()\ntime.sleep(60)\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+
+    def interrupt(*_):
+        if (tmp_path / "began").exists():
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            grid_module._run_module("prune", [], lambda line: None)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert (tmp_path / "ended").exists()
 
 
 def test_the_grids_that_come_with_the_package():
