@@ -13,12 +13,13 @@ import tyro
 from barber_jax.console.command import parse_groups
 from barber_jax.console.errors import BarberError
 from barber_jax.console.options import OptionGroup, flag
+from barber_jax.console.values import check_values
 from barber_jax.convert.formats import Format
 from barber_jax.criteria import CRITERIA
 from barber_jax.criteria.allocation import AllocationOptions
 from barber_jax.criteria.starting import StartOptions
 from barber_jax.data.calibration import CalibrationOptions
-from barber_jax.devices.options import DeviceOptions
+from barber_jax.devices.options import PROCESS_OPTIONS, DeviceOptions
 from barber_jax.forward.perplexity import EvaluationOptions
 from barber_jax.masks.pattern import PatternOptions, SparsityPattern
 from barber_jax.stages import unused_options, validates
@@ -34,10 +35,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "best": {"rebuild": False, "token_weighting": "norm", "refine": 10, "reconstruct": 200},
 }
 """Preset -> defaults that it changes."""
-NOT_REPRODUCED = (
-    *("out", "overwrite", "resume", "verbose"),
-    *("selection", "compilation_cache", "coordinator", "processes", "process"),
-)
+NOT_REPRODUCED = ("out", "overwrite", "resume", "verbose", "selection", "compilation_cache", *PROCESS_OPTIONS)
 """Options that concern one machine or one attempt; left out of the command line that reproduces a result."""
 
 
@@ -174,6 +172,7 @@ class PruneConfig(
 
     def settle(self) -> None:
         """Settle every group, then options that depend on several groups."""
+        check_values({field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
         for group in self.GROUPS.values():
             group.settle(self)
         self._settle_start()

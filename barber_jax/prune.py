@@ -13,6 +13,7 @@ import numpy as np
 from barber_jax.config import PruneConfig
 from barber_jax.console import interrupt
 from barber_jax.console.errors import BarberError, exit_with_one_line
+from barber_jax.console.files import expand
 from barber_jax.console.progress import Progress
 from barber_jax.convert.checkpoint import Checkpoint, open_checkpoint
 from barber_jax.convert.export import RUN, FolderWriter, claimed, sibling_path
@@ -21,7 +22,7 @@ from barber_jax.convert.hf_folder import HFFolder
 from barber_jax.convert.parameters import check_tensors
 from barber_jax.criteria import CRITERIA, allocation
 from barber_jax.criteria.starting import CriterionStart, MaskFileStart, SparseCheckpointStart, Start
-from barber_jax.data.calibration import load_calibration
+from barber_jax.data.calibration import check_source, load_calibration
 from barber_jax.data.windows import cut_windows, default_windows, evaluation_ids
 from barber_jax.devices.hosts import join
 from barber_jax.devices.mesh import Devices, is_primary, require_agreement
@@ -72,6 +73,7 @@ def _prune(config: PruneConfig) -> dict:
         config = dataclasses.replace(config, batch=config.batch or passes.default_batch(config.length))
         owl = config.allocate == "owl"
         uses_ids = start.needs_stream or config.runs_stages or owl
+        check_source(config.calibration)
         ids = calibration_ids(config, checkpoint, model, progress.say) if uses_ids else None
         windows = evaluation_windows(config, checkpoint, model, progress.say)
         identity = run_identity(config.as_dict(), checkpoint, sparse, ids)
@@ -152,7 +154,7 @@ def open_start(
     Returns:
         The source, the options with the pattern of the mask file filled in, and the overall sparsity.
     """
-    masks = read_masks(config.masks.expanduser()) if config.masks else None
+    masks = read_masks(expand(config.masks)) if config.masks else None
     if masks and config.pattern is None:
         config = dataclasses.replace(config, pattern=masks.pattern)
     if sparse:
@@ -273,7 +275,7 @@ def run(arguments: list[str] | None = None) -> None:
     """Run the command with command-line arguments (default sys.argv)."""
     config = PruneConfig.parse("barber_jax.prune", arguments)
     prepare_jax(config.compilation_cache, config.matmul_precision)
-    join(config.coordinator, config.processes, config.process)
+    join(config.coordinator, config.processes, config.process, config.public_coordinator)
     prune(config)
 
 

@@ -9,6 +9,7 @@ import tyro
 
 from barber_jax.console.command import parse
 from barber_jax.console.errors import exit_with_one_line
+from barber_jax.console.files import expand
 from barber_jax.console.locks import output_lock
 from barber_jax.reports.report_page import write_report
 
@@ -24,7 +25,7 @@ class ReportConfig:
 def run(arguments: list[str] | None = None) -> None:
     """Run the command with command-line arguments (default sys.argv) and print the path of report.html."""
     config = parse(ReportConfig, "barber_jax.report", arguments)
-    folder = config.folder.expanduser()
+    folder = expand(config.folder)
     with output_lock(folder) if folder.is_dir() else contextlib.nullcontext():
         report = write_report(folder)
     print(report)

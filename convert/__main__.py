@@ -9,11 +9,12 @@ import jax.numpy as jnp
 
 from barber_jax import __version__
 from barber_jax.console.command import parse
+from barber_jax.console.documents import read_json
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.files import writing
 from barber_jax.convert.checkpoint import Checkpoint, open_checkpoint
 from barber_jax.convert.export import MASKS, RUN, FolderWriter, claimed
-from barber_jax.convert.folder import ModelFolder, read_json
+from barber_jax.convert.folder import ModelFolder
 from barber_jax.convert.formats import Format, apply_format
 from barber_jax.convert.parameters import check_tensors
 from barber_jax.masks.mask_file import read_masks

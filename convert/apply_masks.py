@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from barber_jax.console import causes
 from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.extras import needs
 from barber_jax.console.locks import output_lock
+from barber_jax.console.quiet import held_stderr
 from barber_jax.convert.tokenizer_files import save_tokenizer
 from barber_jax.masks.mask_file import read_masks
 
@@ -77,7 +79,14 @@ def _load_model(spec: str) -> "transformers.PreTrainedModel":
         model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             spec, dtype="auto", trust_remote_code=False, output_loading_info=True
         )
-    except Exception as error:  # transformers passes on exceptions of its file readers, of many types
+    except BaseException as error:  # transformers passes on exceptions of its file readers, of many types
+        if not causes.is_foreign(error):
+            raise
+        if "trust_remote_code" in str(error):
+            raise BarberError(
+                f"--model {spec}: it is Python code of the checkpoint's own (auto_map in config.json), which is never "
+                "run; load the model in a program of your own and use barber_jax.convert.torch_masks there"
+            ) from None
         raise BarberError(f"--model {spec}: cannot load it: {str(error) or type(error).__name__}") from error
     if loading["missing_keys"]:
         # transformers fills it with random weights and goes on.
@@ -107,8 +116,11 @@ def _save(spec: str, model: "transformers.PreTrainedModel", out: Path) -> None:
     except Exception as error:  # safetensors raises its own type, not OSError, for disk errors
         raise BarberError(f"--out {out}: cannot save the model: {error}") from error
     try:
-        save_tokenizer(transformers.AutoTokenizer.from_pretrained(spec, trust_remote_code=False), out)
-    except (OSError, ValueError):
+        with held_stderr():
+            save_tokenizer(transformers.AutoTokenizer.from_pretrained(spec, trust_remote_code=False), out)
+    except BaseException as error:
+        if not causes.is_foreign(error):
+            raise
         print(f"{spec} has no tokenizer that transformers can load; only the model was saved to {out}")
 
 

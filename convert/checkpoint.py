@@ -5,14 +5,14 @@ the format.
 """
 
 import abc
-import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 
+from barber_jax.console import documents
 from barber_jax.console.errors import BarberError, DamagedInput
+from barber_jax.console.files import expand
 
 MAX_FILE_BYTES = 5 * 10**9
 """Maximum bytes of tensors in one exported safetensors file, where the source has no shard layout of its own."""
@@ -89,7 +89,7 @@ def open_checkpoint(spec: str) -> Checkpoint:
     Raises:
         BarberError: `spec` is none of these, or it is damaged.
     """
-    path = Path(os.path.expanduser(spec))
+    path = expand(spec)
     if path.suffix == ".gguf" or (path.is_file() and _starts_with(path, b"GGUF")):
         from barber_jax.convert.gguf_file import GGUFCheckpoint
 
@@ -128,8 +128,8 @@ def _refuse_adapter(folder: Path, location: str) -> None:
     if not (folder / "adapter_config.json").is_file():
         return
     try:
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        base = documents.read(folder / "adapter_config.json")["base_model_name_or_path"]
+    except (OSError, ValueError, LookupError, TypeError):
         base = None
     model = f" {base}" if isinstance(base, str) and len(base) < 200 else ""
     raise BarberError(

@@ -16,7 +16,7 @@ import numpy as np
 
 from barber_jax.console import interrupt
 from barber_jax.console.errors import BarberError
-from barber_jax.console.files import writing
+from barber_jax.console.files import expand, writing
 from barber_jax.console.locks import FolderIdentity, output_lock
 from barber_jax.convert.checkpoint import Checkpoint
 from barber_jax.convert.finite import require_finite
@@ -121,7 +121,7 @@ def _try_moving(out: Path, occupied: Path) -> None:
 
 def _absolute(path: Path) -> Path:
     """The absolute path with `~` expanded and symbolic links resolved; it need not exist."""
-    return Path(os.path.realpath(os.path.expanduser(path)))
+    return Path(os.path.realpath(expand(path)))
 
 
 def sibling_path(out: Path, suffix: str) -> Path:

@@ -1,7 +1,6 @@
 """Base classes of checkpoint folders: configuration, tokenizer, companion files, and tensors in one or more shards."""
 
 import abc
-import json
 import re
 import shutil
 from pathlib import Path
@@ -9,8 +8,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from barber_jax.console import causes, documents
+from barber_jax.console.documents import read_json
 from barber_jax.console.errors import BarberError
 from barber_jax.console.files import check_fetched
+from barber_jax.console.quiet import held_stderr
 from barber_jax.convert.checkpoint import Checkpoint
 from barber_jax.convert.tensor_names import stored_names
 from barber_jax.convert.tied_head import settle_head
@@ -35,6 +37,9 @@ ORBAX = "orbax"
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """A folder with none of these files has no tokenizer."""
+
+TOKENIZER_JSON = ("tokenizer.json", "tokenizer_config.json")
+"""Files of a tokenizer whose size and depth are checked before transformers reads them."""
 
 FLOATS = {
     "float32": np.dtype(np.float32),
@@ -66,10 +71,22 @@ class ModelFolder(Checkpoint):
         for file in (*TOKENIZER_FILES, "tokenizer_config.json"):
             check_fetched(self.folder / file)
         try:
-            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
-        except Exception as error:
+            for file in TOKENIZER_JSON:
+                if (self.folder / file).is_file():
+                    documents.read(self.folder / file)
+            with held_stderr():
+                return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+        except BaseException as error:
             # transformers raises many types for a missing or broken tokenizer; the message is the same for all of them.
+            if not causes.is_foreign(error):
+                raise
             cause = str(error).strip().split("\n")[0]
+            if "trust_remote_code" in str(error):
+                raise BarberError(
+                    f"{self.location}: its tokenizer is Python code of the checkpoint's own (auto_map in "
+                    "tokenizer_config.json), which is never run; put a tokenizer.json there and remove auto_map, or "
+                    "give token ids (.npy)"
+                ) from None
             raise BarberError(
                 f"{self.location}: no usable tokenizer there ({cause}); give token ids (.npy) instead"
             ) from None
@@ -206,21 +223,3 @@ class ShardedFolder(ModelFolder):
                     )
             return table
         raise BarberError(f"{self.location}: neither {self.weights} nor {self.index} in it; fetch the weights")
-
-
-def read_json(path: Path, absent: str) -> dict:
-    """Read the JSON object in a file.
-
-    Raises:
-        BarberError: the file does not exist (with `absent` as the message), or is not a JSON object.
-    """
-    check_fetched(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BarberError(absent) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise BarberError(f"{path}: cannot be read as JSON ({error}); fetch it again") from None
-    if not isinstance(content, dict):
-        raise BarberError(f"{path}: not a JSON object; fetch it again")
-    return content

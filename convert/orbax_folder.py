@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from barber_jax.console.errors import BarberError
+from barber_jax.console.quiet import silenced
 from barber_jax.convert.checkpoint import Checkpoint, split_files
 from barber_jax.convert.folder import FLOATS, ORBAX, ModelFolder
 from barber_jax.convert.parameters import to_flax, to_hf
@@ -84,14 +85,15 @@ class OrbaxCheckpoint(ModelFolder):
         path = self._paths[name]
         key = ("params", *path.split("."))
         try:
-            tree = _checkpointer().restore(
-                self._tree,
-                args=ocp.args.PyTreeRestore(
-                    item=unflatten_dict({key: 0}),
-                    restore_args=unflatten_dict({key: ocp.RestoreArgs(restore_type=np.ndarray)}),
-                    partial_restore=True,
-                ),
-            )
+            with silenced("absl"):
+                tree = _checkpointer().restore(
+                    self._tree,
+                    args=ocp.args.PyTreeRestore(
+                        item=unflatten_dict({key: 0}),
+                        restore_args=unflatten_dict({key: ocp.RestoreArgs(restore_type=np.ndarray)}),
+                        partial_restore=True,
+                    ),
+                )
         except Exception as error:
             # Orbax passes on exceptions of TensorStore and of the file system, of many types.
             raise self._damaged(error) from None
@@ -100,7 +102,11 @@ class OrbaxCheckpoint(ModelFolder):
     def _metadata(self) -> dict:
         """Parameter path -> its Orbax metadata (shape and dtype), without reading any parameter."""
         try:
-            params = _checkpointer().metadata(self._tree).item_metadata.tree["params"]
+            with silenced("absl"):
+                metadata = _checkpointer().metadata(self._tree).item_metadata
+            if metadata is None:
+                raise ValueError("its metadata cannot be read")
+            params = metadata.tree["params"]
             return {".".join(key): entry for key, entry in flatten_dict(params).items()}
         except Exception as error:
             raise self._damaged(error) from None

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from barber_jax.console import documents
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -16,7 +18,7 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     """Write a tokenizer's files to `folder`, with a class name in them that transformers 4 and 5 both have."""
     tokenizer.save_pretrained(folder)
     path = Path(folder) / CONFIG
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = documents.read(path)
     if config.get("tokenizer_class") == NEW_NAME:
         config["tokenizer_class"] = KNOWN_NAME
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -56,7 +56,7 @@ def torch_perplexity(folder: str, windows: np.ndarray) -> Callable[[], float]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
     if torch.cuda.is_available():
         model = model.cuda()
 

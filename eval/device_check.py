@@ -29,9 +29,10 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from barber_jax.console import documents
 from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
-from barber_jax.console.files import writing
+from barber_jax.console.files import expand, writing
 from barber_jax.console.locks import output_lock
 from barber_jax.eval import device_page, synthetic
 from barber_jax.eval.device_kernels import PRECISIONS, SHAPES, ShapeName
@@ -147,7 +148,7 @@ def run_step(step: Step, seconds: float) -> None:
                 process.wait()
         step.seconds = time.monotonic() - start
         if result.is_file():
-            step.result = json.loads(result.read_text(encoding="utf-8"))
+            step.result = documents.read(result)
     if step.status == "failed":
         step.error = error_line(step.log.read_text(encoding="utf-8", errors="replace"))
 
@@ -253,7 +254,7 @@ def write(content: dict, out: Path) -> None:
 def run(arguments: list[str] | None = None) -> None:
     """Command line: run the check, print its tables."""
     config = parse(DeviceCheckConfig, "barber_jax.eval.device_check", arguments)
-    out = config.out.expanduser()
+    out = expand(config.out)
     with output_lock(out):
         content = device_check(dataclasses.replace(config, out=out), Console(stderr=True))
     print(device_page.markdown_page([(out.resolve().name, content)]))

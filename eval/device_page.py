@@ -1,9 +1,9 @@
 """The tables of one device check, or of several side by side, in Markdown and HTML."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from barber_jax.console import documents
 from barber_jax.console.errors import BarberError
 from barber_jax.eval.tables import Table, markdown
 from barber_jax.reports.page import pairs, table
@@ -23,11 +23,11 @@ def read_check(path: Path) -> dict:
         BarberError: it is damaged, or of another version.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = documents.read(path)
         if (content["format"], content["version"]) == (FORMAT, VERSION):
             _tables([(path.parent.name, content)])
             return content
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         pass
     raise BarberError(f"{path}: not a file that this version's barber_jax.eval.device_check wrote; check again")
 

@@ -17,49 +17,36 @@ with that of others. A grid that was interrupted continues when the same command
 
 import itertools
 import json
+import math
 import shlex
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import yaml
-
 from barber_jax.config import PRESETS, PruneConfig
-from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError
 from barber_jax.console.files import writing
 from barber_jax.console.options import flag
+from barber_jax.console.values import typed, words
 from barber_jax.convert.export import MASKS, RUN, sibling_path
 from barber_jax.criteria import CRITERIA
+from barber_jax.eval.grid_file import Options, read_grid
 from barber_jax.eval.perplexity import PerplexityConfig
 from barber_jax.eval.runs import OTHER_STAGE_OPTIONS, PERPLEXITY_FILE, REBUILD_OPTIONS, ZERO_SHOT_FILE
 from barber_jax.eval.zero_shot import ZeroShotConfig
 from barber_jax.reports.run_record import load_record
 from barber_jax.stages import unused_options
 
-KEYS = ("prune", "sweep", "perplexity", "zero_shot", "dense")
-RESERVED_OPTIONS = (
-    "ckpt",
-    "out",
-    "json",
-    "masks",
-    "sparse_ckpt",
-    "overwrite",
-    "resume",
-    "eval_text",
-    "eval_dataset",
-    "eval_windows",
-)
-"""Options that a grid file may not set: the grid sets them itself, or evaluates in another way."""
+__all__ = ["Setting", "prune_arguments", "read_grid", "run_grid", "settings"]
+
 STAGE_OPTIONS = ("rebuild", *REBUILD_OPTIONS, *OTHER_STAGE_OPTIONS)
 """Options that do not affect the starting masks."""
-Options = dict[str, Any]
-"""Option name with `_` for `-` -> a value or a list of values, as text."""
+MAX_RUNS = 10_000
+"""Most combinations of one group of a sweep."""
 
 
 @dataclass(frozen=True)
@@ -79,80 +66,6 @@ class Setting:
     start: "Setting | None" = None
 
 
-def read_grid(paths: list[Path]) -> dict[str, Any]:
-    """Read grid files and merge them, later ones over earlier ones.
-
-    Returns:
-        a value for every key of `KEYS`.
-
-    Raises:
-        BarberError: a file cannot be read, or holds an unknown key or option, or a value of the wrong type.
-    """
-    grid: dict[str, Any] = {"prune": {}, "sweep": [], "perplexity": {}, "zero_shot": {}, "dense": "true"}
-    for path in paths:
-        content = _parse_file(path)
-        for key, value in content.items():
-            if key not in KEYS:
-                raise BarberError(f"{path}: unknown key {key!r}; known: {', '.join(KEYS)}")
-            if key == "sweep":
-                if not (isinstance(value, list) and all(isinstance(group, dict) for group in value)):
-                    raise BarberError(f"{path}: sweep must be a list of groups of options")
-                grid["sweep"] = grid["sweep"] + value
-            elif key == "dense":
-                if str(value).lower() not in ("true", "false"):
-                    raise BarberError(f"{path}: dense must be true or false, not {value!r}")
-                grid["dense"] = str(value).lower()
-            elif isinstance(value, dict):
-                grid[key] = {**grid[key], **value}
-            else:
-                raise BarberError(f"{path}: {key} must hold options, not {value!r}")
-        for key, options in (("prune", PruneConfig), ("perplexity", PerplexityConfig), ("zero_shot", ZeroShotConfig)):
-            _check_names(path, key, content.get(key, {}), options)
-        for group in content.get("sweep", []):
-            _check_names(path, "sweep", group, PruneConfig)
-            if [] in group.values():
-                raise BarberError(f"{path}: sweep: an option with an empty list makes no run; leave it out")
-    if not grid["sweep"]:
-        raise BarberError(f"{paths[0]}: no sweep; list groups of options to prune with")
-    return grid
-
-
-def _parse_file(path: Path) -> dict:
-    try:
-        text = path.expanduser().read_text(encoding="utf-8")
-        # BaseLoader keeps every scalar as text; YAML would read the pattern 2:4 as a base-60 number.
-        content = tomllib.loads(text) if path.suffix == ".toml" else yaml.load(text, yaml.BaseLoader)
-    except FileNotFoundError:
-        raise BarberError(f"{path}: no such file; give a grid in YAML or TOML") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise BarberError(f"{path}: not {'TOML' if path.suffix == '.toml' else 'YAML'} ({reason})") from error
-    if not isinstance(content, dict):
-        raise BarberError(f"{path}: must hold the keys {', '.join(KEYS)}")
-    return content
-
-
-def _check_names(path: Path, key: str, options: dict, config: type) -> None:
-    """Raise `BarberError` if `options`, listed under `key`, has a name that is no option of `config`."""
-    known = {field.name for field in fields(config)} - set(RESERVED_OPTIONS)
-    for name in options:
-        if name not in known:
-            raise BarberError(f"{path}: {key}: unknown option {name!r}; known: {', '.join(sorted(known))}")
-
-
-def option_arguments(options: Options) -> list[str]:
-    """Command-line arguments for options: `--name value...`, or `--name` and `--no-name` for true and false."""
-    out = []
-    for name, value in options.items():
-        values = value if isinstance(value, list | tuple) else [value]
-        lower = [str(each).lower() for each in values]
-        if lower in (["true"], ["false"]):
-            out.append(flag(name) if lower == ["true"] else flag(f"no_{name}"))
-        else:
-            out += [flag(name), *map(str, values)]
-    return out
-
-
 def settings(grid: dict[str, Any], ckpt: str) -> list[Setting]:
     """Expand a grid to its runs, those that make starting masks first.
 
@@ -163,9 +76,13 @@ def settings(grid: dict[str, Any], ckpt: str) -> list[Setting]:
     stage_runs: dict[tuple, Setting] = {}
     for group in grid["sweep"]:
         lists = [value if isinstance(value, list) else [value] for value in group.values()]
+        if math.prod(map(len, lists)) > MAX_RUNS:
+            raise BarberError(f"grid: a group of the sweep makes more than {MAX_RUNS} runs; split it")
         for values in itertools.product(*lists):
             varied = dict(zip(group, values, strict=True))
-            options = _effective_options({**grid["prune"], **varied})
+            given = {**grid["prune"], **varied}
+            _typed(given)
+            options = _effective_options(given)
             config = _config(ckpt, options)
             start_options = {name: value for name, value in options.items() if name not in STAGE_OPTIONS}
             key = tuple(sorted((name, str(value)) for name, value in start_options.items()))
@@ -212,19 +129,27 @@ def _folder_name(labels: dict[str, Any]) -> str:
     return ",".join(f"{name}={str(value).replace(':', '-').replace('/', '-')}" for name, value in labels.items())
 
 
-def _config(ckpt: str, options: Options) -> PruneConfig:
+def _typed(options: Options, config: type = PruneConfig) -> dict[str, Any]:
+    """The options' values in the types of a command's options; raises `BarberError` if one does not fit."""
     try:
-        return PruneConfig.parse("barber_jax.prune", ["--ckpt", ckpt, "--out", "x", *option_arguments(options)])
+        return typed(options, config)
     except BarberError as error:
         raise BarberError(f"grid: {error}") from None
 
 
-def prune_arguments(setting: Setting, ckpt: str, out: Path) -> list[str]:
-    """Command-line arguments of barber_jax.prune for one run, which writes to `out`/NAME."""
-    arguments = ["--ckpt", ckpt, "--out", str(out / setting.name)]
+def _config(ckpt: str, options: Options) -> PruneConfig:
+    try:
+        return PruneConfig(ckpt=ckpt, out=Path("x"), **_typed(options))
+    except BarberError as error:
+        raise BarberError(f"grid: {str(error).removeprefix('grid: ')}") from None
+
+
+def prune_options(setting: Setting, ckpt: str, out: Path) -> dict[str, Any]:
+    """Options of barber_jax.prune for one run, which writes to `out`/NAME."""
+    given = {"ckpt": ckpt, "out": out / setting.name}
     if setting.start is None:
-        return [*arguments, *option_arguments(setting.options)]
-    options, config = dict(setting.options), setting.config
+        return given | _typed(setting.options)
+    options, config = _typed(setting.options), setting.config
     start_only = ("method", "sparsity", "allocate", "owl_lambda", "owl_m")
     for option in (*start_only, *(["rebuild"] if config.rebuild else [])):
         options.pop(option, None)
@@ -232,11 +157,29 @@ def prune_arguments(setting: Setting, ckpt: str, out: Path) -> list[str]:
     options |= {"granularity": config.granularity, "alpha": config.alpha}
     options.pop("pattern", None)  # recorded in the mask file
     start_folder = out / setting.start.name
-    arguments += ["--masks", str(start_folder / MASKS)]
+    given["masks"] = start_folder / MASKS
     if CRITERIA[config.method].updates_weights:
         # SparseGPT also updates the weights.
-        arguments += ["--sparse-ckpt", str(start_folder)]
-    return arguments + option_arguments(options)
+        given["sparse_ckpt"] = str(start_folder)
+    return given | options
+
+
+def prune_arguments(setting: Setting, ckpt: str, out: Path) -> list[str]:
+    """Command-line arguments for `prune_options`."""
+    return words(prune_options(setting, ckpt, out))
+
+
+def _evaluation_options(config: type, options: Options, ckpt: str) -> dict[str, Any]:
+    """Options of an evaluation in a grid; raises `BarberError` if they do not make the evaluation's `config`."""
+    given = {"ckpt": ckpt, **_typed(options, config)}
+    for field in fields(config):
+        if field.default is MISSING and field.name not in given:
+            raise BarberError(f"grid: missing {flag(field.name)}")
+    try:
+        config(**given)
+    except BarberError as error:
+        raise BarberError(f"grid: {error}") from None
+    return given
 
 
 def run_grid(grid: dict[str, Any], ckpt: str, out: Path, log: Callable[[str], None]) -> list[Path]:
@@ -254,26 +197,29 @@ def run_grid(grid: dict[str, Any], ckpt: str, out: Path, log: Callable[[str], No
     """
     runs = settings(grid, ckpt)
     evaluations = list(_evaluations(grid))
-    for module, options, _, config in evaluations:
-        parse(config, f"barber_jax.{module}", ["--ckpt", ckpt, *option_arguments(options)])
+    for _, options, _, config in evaluations:
+        words(_evaluation_options(config, options, ckpt))
+    for setting in runs:
+        prune_arguments(setting, ckpt, out)
     folders = []
     if grid["dense"] == "true" and evaluations:
         folders.append(out / "dense")
         folders[0].mkdir(parents=True, exist_ok=True)
-        for module, options, file, _ in evaluations:
-            _evaluate(module, ckpt, options, folders[0] / file, log)
+        for evaluation in evaluations:
+            _evaluate(evaluation, ckpt, folders[0], log)
     for number, setting in enumerate(runs, 1):
         folder = out / setting.name
         folders.append(folder)
         log(f"{number} of {len(runs)}: {setting.name}")
-        arguments = prune_arguments(setting, ckpt, out)
+        options = prune_options(setting, ckpt, out)
+        arguments = words(options)
         if (folder / RUN).is_file():
-            _check_options(folder, arguments)
+            _check_options(folder, PruneConfig(**options))
         else:
             unfinished = sibling_path(folder, ".run").exists()
             _run_module("prune", [*arguments, *(["--resume"] if unfinished else [])], log)
-        for module, options, file, _ in evaluations:
-            _evaluate(module, str(folder), options, folder / file, log)
+        for evaluation in evaluations:
+            _evaluate(evaluation, str(folder), folder, log)
     return folders
 
 
@@ -287,19 +233,21 @@ def _evaluations(grid: dict[str, Any]) -> Iterator[tuple[str, Options, str, type
             yield module, grid[key], file, config
 
 
-def _evaluate(module: str, ckpt: str, options: Options, file: Path, log: Callable[[str], None]) -> None:
-    """Evaluate a checkpoint and write `file`, unless it already holds the result for these options."""
+def _evaluate(evaluation: tuple[str, Options, str, type], ckpt: str, folder: Path, log: Callable[[str], None]) -> None:
+    """Evaluate a checkpoint as by `_evaluations` and write the result, unless `folder` holds that of these options."""
+    module, options, name, config = evaluation
+    file = folder / name
     options_file = file.with_suffix(".asked.json")
     key = json.dumps([module, options], sort_keys=True) + "\n"
     if not (file.is_file() and options_file.is_file() and options_file.read_text(encoding="utf-8") == key):
-        _run_module(module, ["--ckpt", ckpt, "--json", str(file), *option_arguments(options)], log)
+        _run_module(module, words(_evaluation_options(config, options, ckpt) | {"json": file}), log)
         with writing(options_file):
             options_file.write_text(key, encoding="utf-8")
 
 
-def _check_options(folder: Path, arguments: list[str]) -> None:
-    """Raise `BarberError` if the run in the folder was made with other options than these arguments."""
-    recorded, config = load_record(folder)["options"], PruneConfig.parse("barber_jax.prune", arguments)
+def _check_options(folder: Path, config: PruneConfig) -> None:
+    """Raise `BarberError` if the run in the folder was made with other options than these."""
+    recorded = load_record(folder)["options"]
     names = (*STAGE_OPTIONS, "ckpt", "method", "calibration", "samples", "length", "seed", "compute_dtype", "mesh")
     expected = {name: getattr(config, name) for name in names}
     if config.method:

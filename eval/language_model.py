@@ -20,6 +20,7 @@ from rich.progress import Progress
 from barber_jax.console.errors import BarberError
 from barber_jax.convert.checkpoint import open_checkpoint
 from barber_jax.convert.parameters import check_tensors
+from barber_jax.data.text import tokenizing
 from barber_jax.devices.mesh import Devices
 from barber_jax.devices.options import parse_mesh
 from barber_jax.devices.settings import set_precision
@@ -107,19 +108,21 @@ class BarberLM(TemplateLM):
         return self._name.replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        with tokenizing(self.tokenizer):
+            return self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         if add_special_tokens is None:
             prefixed = string.startswith(self.tokenizer.decode(self.prefix_token_id))
             add_special_tokens = False if prefixed else self._add_bos_token
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return self.tokenizer.encode(string, **options)
+        with tokenizing(self.tokenizer):
+            return self.tokenizer.encode(string, **options)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any

@@ -4,17 +4,18 @@ Texts are cut into windows by data/windows.py, and the windows are evaluated by 
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import jax.numpy as jnp
 
+from barber_jax.console import documents
 from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
-from barber_jax.console.files import writing
+from barber_jax.console.files import expand, writing
 from barber_jax.console.progress import Progress
+from barber_jax.console.structure import fields, items, number, text
 from barber_jax.convert.checkpoint import open_checkpoint
 from barber_jax.convert.parameters import check_tensors
 from barber_jax.data.calibration import load_ids
@@ -85,7 +86,7 @@ def evaluate(config: PerplexityConfig) -> list[dict]:
     devices.check(model.block(), devices.shape[0])
     results = []
     with Progress(silent=not is_primary()) as progress:
-        sources = [(str(path), load_ids(Path(os.path.expanduser(path)))) for path in config.tokens]
+        sources = [(str(path), load_ids(expand(path))) for path in config.tokens]
         for path in config.text:
             bounds = {"needed": config.windows and config.windows * config.length, "say": progress.say}
             ids = evaluation_ids(checkpoint.tokenizer, path=path, text_field=config.text_field, **bounds)
@@ -120,6 +121,10 @@ def run(arguments: list[str] | None = None) -> None:
         print(f"{name}perplexity {result['perplexity']:.4f} ({result['windows']} windows of {result['length']} tokens)")
 
 
+_RESULTS = items(fields({"source": text, "perplexity": number(0, 1e308, finite=False)}), least=1)
+"""Structure of the results in a file."""
+
+
 def write_results(results: list[dict], path: Path) -> None:
     """Write the results of `evaluate` as JSON: a single result as the top-level object, several as a list `results`."""
     content = results[0] if len(results) == 1 else {"ckpt": results[0]["ckpt"], "results": results}
@@ -134,13 +139,14 @@ def read_results(path: Path) -> list[dict]:
         BarberError: the file has other content.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        results = content.get("results", [content])
-        if all(isinstance(each["perplexity"], float) and isinstance(each["source"], str) for each in results):
-            return results
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise BarberError(f"{path}: not a file written by barber_jax.eval.perplexity --json; measure again")
+        content = documents.read(path)
+        results = content["results"] if isinstance(content, dict) and "results" in content else [content]
+        _RESULTS(results, "results")
+    except (OSError, ValueError) as error:
+        raise BarberError(
+            f"{path}: not a file written by barber_jax.eval.perplexity --json ({error}); measure again"
+        ) from None
+    return results
 
 
 if __name__ == "__main__":

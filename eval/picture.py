@@ -17,7 +17,6 @@ The same file gives the same bytes with the same matplotlib.
 """
 
 import io
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +29,10 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Polygon
 
+from barber_jax.console import documents
 from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
+from barber_jax.console.files import expand
 
 WIDTH, HEIGHT = 720, 260
 """Pixels."""
@@ -44,6 +45,7 @@ STYLE = {
     "font.family": "sans-serif",
     "font.size": 11,
     "text.color": INK,
+    "text.parse_math": False,
     "xtick.color": INK,
     "axes.edgecolor": INK,
 }
@@ -97,7 +99,7 @@ def read_picture(path: Path) -> Picture:
         BarberError: it cannot be read, or something is missing or wrong in it.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = documents.read(path)
         if content["format"] != "barber_jax.picture" or content["version"] != 1:
             raise ValueError("format and version are not barber_jax.picture, 1")
         plain = iter(SERIES)
@@ -206,8 +208,8 @@ def _draw_bar(axes: Axes, x: float, bar: Bar, picture: Picture, top: float) -> N
 def run(arguments: list[str] | None = None) -> None:
     """The command line: writes the SVG and prints its path."""
     config = parse(PictureConfig, "barber_jax.eval.picture", arguments)
-    svg = draw(read_picture(config.results.expanduser()))
-    out = config.out.expanduser()
+    svg = draw(read_picture(expand(config.results)))
+    out = expand(config.out)
     out.write_text(svg, encoding="utf-8")
     print(out)
 

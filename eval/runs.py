@@ -1,22 +1,38 @@
 """Read the folders that a study compares: run.json, and perplexity and zero-shot results where there are any."""
 
-import json
-from dataclasses import dataclass, field, fields
+import dataclasses
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from barber_jax.config import BeyondOptions
+from barber_jax.console import documents
 from barber_jax.console.errors import BarberError
+from barber_jax.console.files import expand
+from barber_jax.console.structure import fields, integer, mapping, number, optional, text
 from barber_jax.convert.export import MASKS, RUN, START_MASKS
+from barber_jax.devices.options import PROCESS_OPTIONS
 from barber_jax.eval.perplexity import read_results
-from barber_jax.reports.run_record import ALLOCATION, load_record
+from barber_jax.reports.record_check import ALLOCATION
+from barber_jax.reports.run_record import load_record
 from barber_jax.stages.rebuild import RebuildOptions
 
 PERPLEXITY_FILE, ZERO_SHOT_FILE = "perplexity.json", "zero_shot.json"
 """Results that eval.perplexity and eval.zero_shot wrote with --json, in the same folder as run.json."""
-REBUILD_OPTIONS = tuple(field.name for field in fields(RebuildOptions) if field.name != "rebuild")
+REBUILD_OPTIONS = tuple(field.name for field in dataclasses.fields(RebuildOptions) if field.name != "rebuild")
 """Options that only the rebuild uses."""
-OTHER_STAGE_OPTIONS = tuple(field.name for field in fields(BeyondOptions))
+OTHER_STAGE_OPTIONS = tuple(field.name for field in dataclasses.fields(BeyondOptions))
 """Options of the other stages."""
+_ZERO_SHOT = fields(
+    {
+        "format": text,
+        "version": integer(1),
+        "limit": optional(integer(1)),
+        "tasks": mapping(fields({}, {"acc": number(0, 1)})),
+    },
+    {"mean": number(0, 1)},
+)
+"""Structure of the zero-shot file."""
 
 
 @dataclass
@@ -51,8 +67,8 @@ class Run:
             return None
         options = self.record["options"]
         candidates = [self.folder / START_MASKS]
-        candidates += [Path(options["masks"]).expanduser()] if options.get("masks") else []
-        candidates += [Path(options["sparse_ckpt"]).expanduser() / MASKS] if options.get("sparse_ckpt") else []
+        candidates += [Path(os.path.expanduser(options["masks"]))] if options.get("masks") else []
+        candidates += [Path(os.path.expanduser(options["sparse_ckpt"])) / MASKS] if options.get("sparse_ckpt") else []
         return next((path for path in candidates if path.is_file()), None)
 
     @property
@@ -66,7 +82,7 @@ class Run:
             return {}
         options, start = self.record["options"], self.record.get("started_from")
         skipped = ("out", "masks", "sparse_ckpt", "overwrite", "resume", "verbose", "compilation_cache", "eval_text")
-        skipped += ("eval_dataset", "eval_windows", "save_start", "coordinator", "processes", "process", "format")
+        skipped += ("eval_dataset", "eval_windows", "save_start", "format", *PROCESS_OPTIONS)
         kept = {key: value for key, value in options.items() if key not in skipped}
         if start:
             kept |= {name: start[name] for name in ("method", *ALLOCATION) if name in start}
@@ -101,7 +117,7 @@ def load_run(folder: Path, name: str | None = None) -> Run:
         BarberError: the folder holds neither run.json nor evaluation results, or a file is damaged or of another
             version.
     """
-    folder = folder.expanduser()
+    folder = expand(folder)
     perplexity_file, zero_shot_file = folder / PERPLEXITY_FILE, folder / ZERO_SHOT_FILE
     if not any(path.is_file() for path in (folder / RUN, perplexity_file, zero_shot_file)):
         raise BarberError(f"{folder}: holds no {RUN}; give a folder that barber_jax.prune wrote")
@@ -119,13 +135,16 @@ def load_run(folder: Path, name: str | None = None) -> Run:
 def _read_zero_shot(path: Path) -> tuple[dict[str, float], int | None]:
     """Accuracies of a file written by eval.zero_shot, with their `mean` where there is one, and the document limit."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if (content["format"], content["version"]) == ("barber_jax.zero_shot", 1):
-            accuracies = {name: task["acc"] for name, task in content["tasks"].items() if "acc" in task}
-            return accuracies | ({"mean": content["mean"]} if "mean" in content else {}), content["limit"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise BarberError(f"{path}: not a file written by this version's barber_jax.eval.zero_shot --json; measure again")
+        content = documents.read(path)
+        _ZERO_SHOT(content, "")
+        if (content["format"], content["version"]) != ("barber_jax.zero_shot", 1):
+            raise ValueError(f"format {content['format']}, version {content['version']}")
+    except (OSError, ValueError) as error:
+        raise BarberError(
+            f"{path}: not a file written by this version's barber_jax.eval.zero_shot --json ({error}); measure again"
+        ) from None
+    accuracies = {name: task["acc"] for name, task in content["tasks"].items() if "acc" in task}
+    return accuracies | ({"mean": content["mean"]} if "mean" in content else {}), content["limit"]
 
 
 def load_runs(folders: list[Path]) -> list[Run]:

@@ -1,7 +1,6 @@
 """python -m barber_jax.eval.study: compare runs (methods, devices, dtypes) in Markdown, JSON and HTML."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,7 +10,7 @@ from rich.console import Console
 
 from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
-from barber_jax.console.files import writing
+from barber_jax.console.files import expand, writing
 from barber_jax.console.locks import output_lock
 from barber_jax.eval import device_page
 from barber_jax.eval.agreement import agreement, incomparable_reason
@@ -19,6 +18,7 @@ from barber_jax.eval.grid import read_grid, run_grid
 from barber_jax.eval.runs import Run, load_runs
 from barber_jax.eval.study_page import page_parts
 from barber_jax.eval.tables import Pairs, agreement_table, markdown, runs_table, seeds_table
+from barber_jax.reports.markup import markdown_text
 
 MAX_PRINTED_PAIRS = 30
 """With more pairs of runs than this, study.md leaves the agreement table to study.html."""
@@ -109,7 +109,7 @@ def study(runs: list[Run], out: Path, compare: str = "auto", checks: device_page
         elif pairs:
             text += "\nAgreement of masks (Jaccard index):\n\n" + markdown(*agreement_table(pairs))
         else:
-            text += f"\n{reason}\n"
+            text += f"\n{markdown_text(reason, begins_line=True)}\n"
         parts += page_parts(runs, table, seeds, pairs, agreement_table(pairs), reason)
     if checks:
         text += device_page.markdown_page(checks)
@@ -125,15 +125,15 @@ def study(runs: list[Run], out: Path, compare: str = "auto", checks: device_page
 def run(arguments: list[str] | None = None) -> None:
     """Command line: run the grid if there is one, print the tables, write the files."""
     config = parse(StudyConfig, "barber_jax.eval.study", arguments)
-    out = Path(os.path.expanduser(config.out))
+    out = expand(config.out)
     folders = list(config.folders)
     with output_lock(out):
         if config.grid:
             console = Console(stderr=True, highlight=False, soft_wrap=True)
             folders += run_grid(read_grid(list(config.grid)), config.ckpt, out, console.print)
-        checked = [folder for folder in map(Path.expanduser, folders) if (folder / device_page.CHECK_FILE).is_file()]
+        checked = [folder for folder in map(expand, folders) if (folder / device_page.CHECK_FILE).is_file()]
         checks = device_page.read_checks(checked)
-        runs = load_runs([folder for folder in folders if folder.expanduser() not in checked])
+        runs = load_runs([folder for folder in folders if expand(folder) not in checked])
         text = study(runs, out, config.agreement, checks)
     print(text)
     print(f"{out / 'study.html'}, study.md, study.json")

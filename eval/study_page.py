@@ -4,11 +4,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from barber_jax.console.structure import MAX_NUMBER
 from barber_jax.eval.agreement import Overlap
 from barber_jax.eval.runs import Run
 from barber_jax.eval.tables import Pairs, Table
 from barber_jax.reports.figures import MAP, SERIES, Plots, heat, stacked
-from barber_jax.reports.page import table
+from barber_jax.reports.markup import Html, element
+from barber_jax.reports.page import plots, soft, table
 
 
 def page_parts(
@@ -18,25 +20,27 @@ def page_parts(
     pairs: Pairs,
     agreement_table: Table,
     reason: str | None,
-) -> Iterator[str]:
+) -> Iterator[Html]:
     """HTML of the page's body, part by part.
 
     Args:
         runs_table, seeds_table, agreement_table: as made by the functions of these names in tables.py.
         pairs: runs whose masks were compared; if there are none, `reason` says why.
     """
-    yield f"<h1>Study of {len(runs)} runs</h1>"
+    yield element("h1", f"Study of {len(runs)} runs")
     yield table(*runs_table)
     if seeds_table:
-        yield "<h2>Over seeds</h2><p class='soft'>Mean ± standard deviation of runs that differ in --seed alone.</p>"
+        yield element("h2", "Over seeds")
+        yield soft("Mean ± standard deviation of runs that differ in --seed alone.")
         yield table(*seeds_table)
-    yield "<h2>Measurements</h2><div class='plots'>" + "".join(_measurement_plots(runs)) + "</div>"
-    yield "<h2>Agreement of masks</h2>"
+    yield element("h2", "Measurements")
+    yield plots(_measurement_plots(runs))
+    yield element("h2", "Agreement of masks")
     if not pairs:
-        yield f"<p>{reason}</p>"
+        yield element("p", reason)
         return
-    yield "<p class='soft'>Jaccard index of two sets: size of the intersection over size of the union; 1 = equal.</p>"
-    yield "<div class='plots'>" + "".join(_agreement_plots(pairs)) + "</div>"
+    yield soft("Jaccard index of two sets: size of the intersection over size of the union; 1 = equal.")
+    yield plots(_agreement_plots(pairs))
     yield table(*agreement_table)
 
 
@@ -48,12 +52,13 @@ def _dot_plot(groups: dict[str, dict[str, float]], x_label: str):
         for index, (group, values) in enumerate(groups.items()):
             heights = [names.index(name) for name in values]
             colour = SERIES[index % len(SERIES)]
-            axes.plot(list(values.values()), heights, "o", color=colour, label=group, markersize=6, alpha=0.85)
+            shown = [value if abs(value) < MAX_NUMBER else np.nan for value in values.values()]
+            axes.plot(shown, heights, "o", color=colour, label=group, markersize=6, alpha=0.85)
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.set_xlabel(x_label)
         axes.grid(True, alpha=0.5)
-        finite = [value for values in groups.values() for value in values.values() if np.isfinite(value)]
+        finite = [value for values in groups.values() for value in values.values() if abs(value) < MAX_NUMBER]
         if finite and min(finite) > 0 and max(finite) > 4 * min(finite):
             axes.set_xscale("log")
         if len(groups) > 1:
@@ -62,17 +67,17 @@ def _dot_plot(groups: dict[str, dict[str, float]], x_label: str):
     return draw
 
 
-def _measurement_plots(runs: list[Run]) -> Iterator[str]:
+def _measurement_plots(runs: list[Run]) -> Iterator[Html]:
     """Plots of perplexity, zero-shot accuracy, time and memory, each where it was measured."""
-    plots = Plots()
+    drawn = Plots()
     size = (4.6, max(3.0, 1.4 + 0.22 * len(runs)))
     sources = list(dict.fromkeys(source for run in runs for source in run.perplexity))
     if sources:
         values = {s: {run.name: run.perplexity[s] for run in runs if s in run.perplexity} for s in sources}
-        yield plots.draw(_dot_plot(values, "perplexity"), "Perplexity", size)
+        yield drawn.draw(_dot_plot(values, "perplexity"), "Perplexity", size)
     means = {run.name: 100 * run.zero_shot["mean"] for run in runs if "mean" in run.zero_shot}
     if means:
-        yield plots.draw(_dot_plot({"mean": means}, "accuracy (%)"), "Zero-shot mean accuracy", size)
+        yield drawn.draw(_dot_plot({"mean": means}, "accuracy (%)"), "Zero-shot mean accuracy", size)
     pruned = [run for run in runs if run.record]
     stages = list(dict.fromkeys(s for run in pruned for s in run.record["totals"]["seconds_per_stage"]))
     seconds = {s: [run.record["totals"]["seconds_per_stage"].get(s, 0.0) for run in pruned] for s in stages}
@@ -80,24 +85,24 @@ def _measurement_plots(runs: list[Run]) -> Iterator[str]:
         run.record.get("started_from", {}).get("seconds", 0.0) for run in pruned
     ]
     if pruned:
-        yield plots.draw(stacked(seconds, [run.name for run in pruned], "seconds"), "Time in each stage", size)
+        yield drawn.draw(stacked(seconds, [run.name for run in pruned], "seconds"), "Time in each stage", size)
         memory = {
             where: {r.name: r.record["peak_memory"][key] / 2**30 for r in pruned if key in r.record["peak_memory"]}
             for key, where in (("host_bytes", "host"), ("device_bytes", "device"))
         }
         measured = {where: values for where, values in memory.items() if values}
-        yield plots.draw(_dot_plot(measured, "GiB"), "Peak memory", size)
+        yield drawn.draw(_dot_plot(measured, "GiB"), "Peak memory", size)
 
 
-def _agreement_plots(pairs: Pairs) -> Iterator[str]:
+def _agreement_plots(pairs: Pairs) -> Iterator[Html]:
     """Plots for pruned and for swapped weights: every matrix for two runs, every pair for more."""
-    plots = Plots()
+    drawn = Plots()
     names = list(dict.fromkeys(run.name for one, other, _, _ in pairs for run in (one, other)))
     for what, field in (("pruned sets", 2), ("swaps", 3)):
         if not any(pair[field] for pair in pairs):
             continue
         if len(names) == 2:
-            yield plots.draw(_matrix_heat_map(pairs[0][field]), f"Agreement of {what}, by matrix")
+            yield drawn.draw(_matrix_heat_map(pairs[0][field]), f"Agreement of {what}, by matrix")
             continue
         overall = np.full((len(names), len(names)), np.nan)
         np.fill_diagonal(overall, 1.0)
@@ -106,7 +111,7 @@ def _agreement_plots(pairs: Pairs) -> Iterator[str]:
                 a, b = names.index(pair[0].name), names.index(pair[1].name)
                 overall[a, b] = overall[b, a] = pair[field].overall
         size = (4.6, max(3.0, 1.0 + 0.22 * len(names)))
-        yield plots.draw(_run_heat_map(overall, names), f"Agreement of {what}; columns in the order of rows", size)
+        yield drawn.draw(_run_heat_map(overall, names), f"Agreement of {what}; columns in the order of rows", size)
 
 
 def _matrix_heat_map(overlap: Overlap):

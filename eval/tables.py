@@ -8,6 +8,7 @@ from statistics import mean, stdev
 from barber_jax.console.options import flag
 from barber_jax.eval.agreement import Overlap
 from barber_jax.eval.runs import REBUILD_OPTIONS, Run
+from barber_jax.reports.markup import markdown_text
 
 Table = tuple[list[str], list[list[str]]]
 """Header cells, and rows of cells."""
@@ -106,7 +107,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     """A table in GitHub's Markdown; all columns but the first are right-aligned."""
 
     def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        return "| " + " | ".join(map(markdown_text, cells)) + " |"
 
     delimiter = "|" + "|".join("---" if index == 0 else "--:" for index in range(len(head))) + "|"
     return "\n".join([line(head), delimiter, *map(line, rows)]) + "\n"

@@ -6,7 +6,6 @@ taken over the metric `acc`.
 
 import json
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from rich.table import Table
 from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.extras import needs
-from barber_jax.console.files import writing
+from barber_jax.console.files import expand, writing
 from barber_jax.devices.options import ComputeDtype
 from barber_jax.devices.settings import prepare_jax
 
@@ -75,7 +74,7 @@ def evaluate(config: ZeroShotConfig) -> dict:
         from barber_jax.eval.language_model import BarberLM
         from barber_jax.eval.task_data import load_tasks
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    data_dir = Path(os.path.expanduser(config.data_dir)) if config.data_dir else None
+    data_dir = expand(config.data_dir) if config.data_dir else None
     tasks = load_tasks(config.tasks, data_dir)
     model = BarberLM(config.ckpt, config.batch, config.compute_dtype, config.mesh)
     output = simple_evaluate(

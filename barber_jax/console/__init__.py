@@ -4,8 +4,12 @@ May import: nothing of this package.
 
 | module | what it holds |
 |---|---|
-| `errors` | `BarberError`, printed as one line with exit status 2 |
+| `errors` | `BarberError`, printed as one line with exit status 2; shortening of messages |
+| `causes` | causes of other exceptions; the log file of an unexpected one |
+| `documents`, `structure` | the one reader of JSON, YAML and TOML; the structure that a document must have |
+| `quiet` | what libraries print to stderr by themselves |
 | `command`, `options` | command-line parsing; groups of options |
+| `values` | values of options: from a settings file, and bounds for all |
 | `extras` | optional packages |
 | `progress` | live progress bar, or plain lines, on stderr |
 | `notes` | single lines on stderr that are no error |

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import tyro
 
 from barber_jax.console.errors import BarberError
+from barber_jax.console.values import check_values
 
 Options = TypeVar("Options")
 
@@ -23,19 +24,21 @@ def parse(options: type[Options], program: str, arguments: list[str] | None = No
         arguments: default sys.argv.
 
     Raises:
-        BarberError: an option is unknown, missing or of the wrong type. tyro prints a box of text in these cases, but
-            scripts rely on one line.
+        BarberError: an option is unknown, missing, of the wrong type, or has a value that no option can take. tyro
+            prints a box of text in these cases, but scripts rely on one line.
         SystemExit: after --help.
     """
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
-            return tyro.cli(tyro.conf.DisallowNone[options], prog=f"python -m {program}", args=arguments)
+            parsed = tyro.cli(tyro.conf.DisallowNone[options], prog=f"python -m {program}", args=arguments)
     except SystemExit as stop:
         if not stop.code:
             raise
         message = _error_message(stderr.getvalue()) or "invalid options"
         raise BarberError(f"{message}; see python -m {program} --help") from None
+    check_values(vars(parsed))
+    return parsed
 
 
 def parse_groups(
@@ -61,7 +64,9 @@ def parse_groups(
     """
     combined = _combine(command, tuple(groups.items()), tuple(sorted((defaults or {}).items())))
     parsed = parse(tyro.conf.OmitArgPrefixes[combined], program, arguments)
-    return {name: value for heading in groups for name, value in vars(getattr(parsed, heading)).items()}
+    values = {name: value for heading in groups for name, value in vars(getattr(parsed, heading)).items()}
+    check_values(values)
+    return values
 
 
 @functools.cache

@@ -1,6 +1,7 @@
-"""Turn operating-system errors while writing, and files that were never fetched, into `BarberError`s that name them."""
+"""Paths: `~` in them; errors while writing, and files that were never fetched, as `BarberError`s that name them."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,3 +32,15 @@ def check_fetched(path: Path) -> None:
             raise BarberError(
                 f"{path}: a Git LFS pointer, not the file itself; fetch it with `git lfs pull` or download the file"
             )
+
+
+def expand(path: str | Path) -> Path:
+    """Expand `~` and `~user` at the beginning of a path.
+
+    Raises:
+        BarberError: there is no such user, or (in some containers) the user of this process has no home folder.
+    """
+    expanded = Path(os.path.expanduser(path))
+    if expanded.parts[:1] and expanded.parts[0].startswith("~") and not os.path.lexists(expanded):
+        raise BarberError(f"{path}: no home folder is known for {expanded.parts[0]}; write the path in full")
+    return expanded

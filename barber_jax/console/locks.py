@@ -17,8 +17,9 @@ from pathlib import Path
 
 from filelock import FileLock, SoftFileLock, Timeout
 
+from barber_jax.console import documents
 from barber_jax.console.errors import BarberError
-from barber_jax.console.files import writing
+from barber_jax.console.files import expand, writing
 
 WAIT_S = 0.5
 """Seconds to wait for a command that is just ending."""
@@ -37,7 +38,7 @@ def output_lock(folder: Path) -> Iterator[None]:
     Raises:
         BarberError: another command holds the lock; the message says which. Or the lock file cannot be created.
     """
-    folder = Path(os.path.realpath(os.path.expanduser(folder)))
+    folder = Path(os.path.realpath(expand(folder)))
     with contextlib.ExitStack() as stack:
         with writing(folder):
             for parent in _missing_parents(folder):
@@ -104,9 +105,9 @@ def _holder(path: Path) -> str:
     """Describe the process that holds a lock, from the content of the lock file, which anybody may have written."""
     try:
         with open(path, "rb") as file:
-            content = json.loads(file.read(4096))
+            content = documents.parse(file.read(4096).decode("utf-8"))
         pid, host, command, since = (str(content[key]) for key in ("pid", "host", "command", "since"))
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError):
         return f"another command (lock file {path})"
     text = f"process {pid[:20]} on {host[:100]} since {since[:40]}: {command[:MAX_COMMAND]}"
     return "".join(character if character.isprintable() else "?" for character in text)

@@ -1,6 +1,5 @@
 """Starting masks of each block: by a criterion, from a mask file, or from the zeros of a pruned checkpoint."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from barber_jax.console.errors import BarberError
+from barber_jax.console.files import expand
 from barber_jax.console.options import OptionGroup, flag
 from barber_jax.convert.checkpoint import Checkpoint
 from barber_jax.convert.parameters import to_flax
@@ -46,7 +46,7 @@ class StartOptions(OptionGroup):
     def settle(self) -> None:
         if self.masks is not None:
             # A folder stands for the mask file in it.
-            folder = os.path.isdir(os.path.expanduser(self.masks))
+            folder = expand(self.masks).is_dir()
             self._set("masks", Path(self.masks) / FILE_NAME if folder else Path(self.masks))
         given = [flag(name) for name in ("masks", "sparse_ckpt") if getattr(self, name)]
         if given and self.method:

@@ -1,6 +1,5 @@
 """Loads calibration samples: token ids cut from text by the conventions of the pruning literature."""
 
-import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from barber_jax.console.errors import BarberError
-from barber_jax.console.files import check_fetched
+from barber_jax.console.files import check_fetched, expand
 from barber_jax.console.options import OptionGroup
 from barber_jax.data import sampling, text
 
@@ -94,7 +93,7 @@ def load_calibration(
         if value < 1:
             raise BarberError(f"--{option} {value}: it must be at least 1")
     if source.lower().endswith(".npy"):
-        windows = _npy_windows(Path(os.path.expanduser(source)), samples, length)
+        windows = _npy_windows(expand(source), samples, length)
     elif source in text.HUB_DATASETS:
         windows = _hub_windows(source, tokenizer, samples, length, random.Random(seed))
     else:
@@ -103,6 +102,17 @@ def load_calibration(
             say(text.null_rows(source, nulls))
     check_ids(source, windows, vocab_size)
     return windows.astype(np.int32)
+
+
+def check_source(source: str) -> None:
+    """Raise `BarberError` if a source of `load_calibration` is no dataset and no file, or token ids that are no ids.
+
+    For a run that does not use it: a wrong name there is a mistake all the same.
+    """
+    if source.lower().endswith(".npy"):
+        load_ids(expand(source))
+    elif source not in text.HUB_DATASETS:
+        _existing_file(source)
 
 
 def load_ids(path: Path) -> np.ndarray:
@@ -192,6 +202,16 @@ def _random_window(ids: np.ndarray, length: int, rng: random.Random) -> np.ndarr
     return ids[start : start + length]
 
 
+def _existing_file(source: str) -> Path:
+    path = expand(source)
+    if not path.exists():
+        known = ", ".join(text.HUB_DATASETS)
+        raise BarberError(
+            f"{source}: neither a dataset ({known}) nor a file; give one of these, .npy, {text.FILE_TYPES}"
+        )
+    return path
+
+
 def _file_windows(
     source: str,
     tokenizer: Callable[[], "PreTrainedTokenizerBase"],
@@ -201,12 +221,7 @@ def _file_windows(
     seed: int,
 ) -> tuple[np.ndarray, int]:
     """Windows of a local file, and its number of null rows."""
-    path = Path(os.path.expanduser(source))
-    if not path.exists():
-        known = ", ".join(text.HUB_DATASETS)
-        raise BarberError(
-            f"{source}: neither a dataset ({known}) nor a file; give one of these, .npy, {text.FILE_TYPES}"
-        )
+    path = _existing_file(source)
     documents, nulls = sampling.read_small(path, text_field)
     if documents is None:
         ids, nulls = sampling.sample_ids(path, text_field, tokenizer(), samples * length, length, seed)

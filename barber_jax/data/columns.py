@@ -98,7 +98,7 @@ def no_field(where: Path | str, field: str, fields: Iterable[str]) -> BarberErro
     return BarberError(f"{where}: no field {field!r} (fields: {known}); name one of them with --text-field")
 
 
-def short(error: Exception) -> str:
+def short(error: BaseException) -> str:
     """First line of an exception's message, or else its type, at most 200 characters."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__)[:200]

@@ -4,17 +4,17 @@ import codecs
 import contextlib
 import gzip
 import io
-import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from barber_jax.console import documents
 from barber_jax.console.errors import BarberError
 from barber_jax.data.columns import no_field, short
 
 _BLOCK = 1 << 20
-_LONGEST = 1 << 28
+_LONGEST = documents.MAX_BYTES
 """Bytes of one line of JSON, or of a .json that is one array: these are held in memory as a whole."""
 
 
@@ -59,7 +59,7 @@ def json_values(path: Path, kind: str, field: str) -> Iterator[str | None]:
     with _opened(path) as handle:
         for number, raw in enumerate(iter(lambda: handle.readline(_LONGEST + 1), b""), start=1):
             if len(raw) > _LONGEST:
-                raise BarberError(f"{path}: line {number} is longer than 256 MiB; write one object per line")
+                raise BarberError(f"{path}: line {number} is longer than 64 MiB; write one object per line")
             try:
                 line = raw.decode("utf-8")
             except UnicodeDecodeError as error:
@@ -79,7 +79,7 @@ def _array_values(path: Path, line: str, handle: BinaryIO, field: str) -> Iterat
     """The values of a file that is one array of objects, of which `line` has been read."""
     rest = handle.read(_LONGEST)
     if len(rest) == _LONGEST:
-        raise BarberError(f"{path}: an array longer than 256 MiB; write one object per line (jq -c '.[]')")
+        raise BarberError(f"{path}: an array longer than 64 MiB; write one object per line (jq -c '.[]')")
     try:
         rows = _parsed(f"{path}: the array in it", line + rest.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -90,8 +90,8 @@ def _array_values(path: Path, line: str, handle: BinaryIO, field: str) -> Iterat
 
 def _parsed(where: str, line: str):
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
+        return documents.parse(line)
+    except documents.DocumentError as error:
         raise BarberError(f"{where} is not JSON ({short(error)}); write one object per line") from error
 
 

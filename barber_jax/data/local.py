@@ -1,12 +1,11 @@
 """Reads the documents of local text files and folders one after another, never a whole file at once."""
 
-import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from barber_jax.console.errors import BarberError
-from barber_jax.console.files import check_fetched
+from barber_jax.console.files import check_fetched, expand
 from barber_jax.data import columns, lines
 
 FILE_TYPES = ".txt, .jsonl, .json (also .gz), .parquet, .arrow, a folder of such shards or of datasets.save_to_disk"
@@ -58,7 +57,7 @@ def iterate_documents(path: Path, text_field: str = "text", longest: int | None 
 
 def documents_of(path: Path, text_field: str) -> Iterator[Document]:
     """`iterate_documents`, but a long document may be given in consecutive blocks instead of pieces."""
-    path = Path(os.path.expanduser(path))
+    path = expand(path)
     if not path.exists():
         raise BarberError(f"{path}: no such file or folder; give {FILE_TYPES}")
     return _folder_documents(path, text_field) if path.is_dir() else _file_documents(path, text_field)

@@ -1,14 +1,17 @@
 """Reads and tokenizes text from local files and Hub datasets, for calibration and perplexity evaluation."""
 
+import contextlib
 import glob
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from barber_jax.console import causes
 from barber_jax.console.errors import BarberError
+from barber_jax.console.quiet import held_stderr
 from barber_jax.data import hub
 from barber_jax.data.columns import short
 from barber_jax.data.local import FILE_TYPES, iterate_documents
@@ -121,8 +124,27 @@ def hub_documents(name: str, split: str) -> Sequence[str]:
 def tokenize(tokenizer: "PreTrainedTokenizerBase", text: str) -> np.ndarray:
     """Tokenize a whole text into int32 [tokens], without truncation, with the special tokens the tokenizer adds."""
     # verbose=False: no warning about texts longer than the model's context, since they are cut into windows later.
-    ids = tokenizer(text, truncation=False, padding=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return np.asarray(ids, dtype=np.int32)
+    with tokenizing(tokenizer):
+        ids = tokenizer(text, truncation=False, padding=False, return_attention_mask=False, verbose=False)["input_ids"]
+        return np.asarray(ids, dtype=np.int32)
+
+
+@contextlib.contextmanager
+def tokenizing(tokenizer: "PreTrainedTokenizerBase") -> Iterator[None]:
+    """Context manager that turns a failure of a tokenizer at its work into a `BarberError`.
+
+    A damaged tokenizer.json may be loaded without complaint, and panic at the first text.
+    """
+    try:
+        with held_stderr():
+            yield
+    except BaseException as error:
+        if isinstance(error, BarberError) or not causes.is_foreign(error):
+            raise
+        where = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
+        raise BarberError(
+            f"{where}: its tokenizer fails on the text ({short(error)}); fetch its files again or give ids (.npy)"
+        ) from error
 
 
 def _load(builder: str, path: str):

@@ -5,7 +5,7 @@ May import: console, models.
 | module | what it holds |
 |---|---|
 | `mesh` | `Devices`: arrays between host and devices; consistency between processes |
-| `hosts` | initialisation of a run over several processes |
+| `hosts`, `wire` | initialisation of a run over several processes; encoding of what they send each other |
 | `options` | command-line options for devices, processes, precision and memory |
 | `settings` | matmul precision, how weights are selected, and the compilation cache |
 """

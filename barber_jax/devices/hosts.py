@@ -3,7 +3,9 @@
 import atexit
 import contextlib
 import importlib.util
+import ipaddress
 import os
+import socket
 import sys
 
 import jax
@@ -18,7 +20,11 @@ SHUTDOWN_S = 24 * 3600
 they stop waiting at once."""
 
 
-def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
+BIND = "JAX_COORDINATOR_BIND_ADDRESS"
+"""Environment variable with the address to listen at, where it is not the one that the others connect to."""
+
+
+def join(coordinator: str | None, processes: int | None, process: int | None, public_coordinator: bool = False) -> None:
     """Connect this process to the others of a multi-process run; do nothing in a single-process run.
 
     Must be called before the first JAX computation.
@@ -27,19 +33,33 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
         coordinator: host:port of process 0; None to take it from the cluster (TPU pod, Slurm, Kubernetes, Open MPI).
         processes: number of processes.
         process: index of this process.
+        public_coordinator: allow a coordinator at a public address.
 
     Raises:
-        BarberError: the other processes cannot be reached.
+        BarberError: the other processes cannot be reached, or could be by anybody.
     """
     if coordinator is None and not in_cluster():
         return
+    options = {}
+    if coordinator is not None:
+        # By default JAX listens on every interface, and asks nobody who connects for a password.
+        bind = (os.environ.get(BIND) or coordinator) if process == 0 else coordinator
+        check_address(coordinator, public_coordinator, listens=process == 0 and bind == coordinator)
+        if bind != coordinator:
+            check_address(bind, public_coordinator)
+        options["coordinator_bind_address"] = bind
     # On CPU, collectives between processes need gloo.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # It would take SIGTERM for itself: the run would not end.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
-            coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT_S, shutdown_timeout_seconds=SHUTDOWN_S
+            coordinator,
+            processes,
+            process,
+            heartbeat_timeout_seconds=HEARTBEAT_S,
+            shutdown_timeout_seconds=SHUTDOWN_S,
+            **options,
         )
     except (RuntimeError, ValueError) as error:
         if coordinator is None and not _is_multi_process():
@@ -60,6 +80,58 @@ def _leave_at_once_if_interrupted() -> None:
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
         os._exit(interrupt.exit_status())
+
+
+def check_address(coordinator: str, public: bool, listens: bool = False) -> None:
+    """Check the address host:port of a coordinator that was started by hand.
+
+    Args:
+        public: whether a public address is allowed.
+        listens: whether this process will listen there.
+
+    Raises:
+        BarberError: the host is unknown, or has a public address and `public` is not set, or this process would listen
+            where no other machine reaches it, although the host is not a loopback address by name.
+    """
+    host = coordinator.rpartition(":")[0].strip("[]")
+    try:
+        found = {entry[4][0] for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except (OSError, UnicodeError) as error:
+        cause = getattr(error, "strerror", None) or error
+        raise BarberError(f"--coordinator {coordinator}: cannot find this host ({cause}); give its address") from None
+    addresses = [ipaddress.ip_address(each.partition("%")[0]) for each in sorted(found)]
+    open_to_all = [each for each in addresses if is_public(each)]
+    if open_to_all and not public:
+        what = (
+            "every interface of this machine"
+            if open_to_all[0].is_unspecified
+            else f"the public address {open_to_all[0]}"
+        )
+        raise BarberError(
+            f"--coordinator {coordinator} is {what}: whoever reaches that port can read and change the run, without a "
+            "password; give a private address, or --public-coordinator if a firewall lets nobody else in"
+        )
+    if listens and all(each.is_loopback for each in addresses) and not _names_loopback(host):
+        raise BarberError(
+            f"--coordinator {coordinator}: on this machine the name stands for {addresses[0]}, where other machines do "
+            "not reach it; give its address in the network, or 127.0.0.1 if all processes are on this machine"
+        )
+
+
+def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether strangers may reach an address: it is not private, loopback or link-local, or it is every interface."""
+    address = getattr(address, "ipv4_mapped", None) or address
+    if address.is_unspecified:
+        return True
+    return not (address.is_private or address.is_loopback or address.is_link_local)
+
+
+def _names_loopback(host: str) -> bool:
+    """Whether a host is a loopback address by its name."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.rstrip(".").lower().endswith("localhost")
 
 
 def in_cluster() -> bool:

@@ -6,9 +6,8 @@ The sharding rules of a decoder block's arrays are in models/sharding.py.
 import contextlib
 import hashlib
 import json
-import pickle
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +17,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from barber_jax.console.errors import BarberError
+from barber_jax.devices import wire
 from barber_jax.models.decoder import BlockDefinition, SubBlock
 from barber_jax.models.sharding import DATA, MODEL, mask_axes, parameter_axes
 
-Value = TypeVar("Value")
+Arrays = dict[str, np.ndarray]
+"""Host arrays by name."""
 
 
 class Devices:
@@ -121,19 +122,35 @@ def is_primary() -> bool:
     return jax.process_index() == 0
 
 
-def broadcast_from_primary(compute: Callable[[], Value]) -> Value:
-    """Call `compute` on the primary process only and return its result on every process."""
+def broadcast_from_primary(compute: Callable[[], Any]) -> Any:
+    """Call `compute` on the primary process only and return its result, of the types of JSON, on every process."""
     if jax.process_count() == 1:
         return compute()
-    # Pickled by process 0 of this very run and sent over JAX's own connections; nothing from a file or a user.
-    content = np.frombuffer(pickle.dumps(compute()) if is_primary() else b"", np.uint8)
+    return wire.decode(_broadcast(wire.encode(compute()) if is_primary() else b""))[0]
+
+
+def broadcast_arrays(compute: Callable[[], tuple[Arrays, Any]]) -> tuple[Arrays, Any]:
+    """`broadcast_from_primary` for arrays by name together with another value."""
+    if jax.process_count() == 1:
+        return compute()
+    content = b""
+    if is_primary():
+        arrays, value = compute()
+        content = wire.encode(value, arrays)
+    value, arrays = wire.decode(_broadcast(content))
+    return arrays, value
+
+
+def _broadcast(sent: bytes) -> bytes:
+    """Send bytes from the primary process to all; what the others give is not used."""
+    content = np.frombuffer(sent, np.uint8)
     # The size in bytes may exceed int32, and without 64-bit types int64 is not available: GiB and remainder.
     size = np.asarray(divmod(content.size, 2**30), np.int32)
     whole, rest = multihost_utils.broadcast_one_to_all(size).tolist()
     if not is_primary():
         content = np.zeros(whole * 2**30 + rest, np.uint8)
     pieces = np.array_split(content, max(1, -(-content.size // 2**30)))
-    return pickle.loads(b"".join(multihost_utils.broadcast_one_to_all(piece).tobytes() for piece in pieces))
+    return b"".join(multihost_utils.broadcast_one_to_all(piece).tobytes() for piece in pieces)
 
 
 def require_agreement(what: str, values: dict) -> None:

@@ -7,6 +7,8 @@ from typing import Literal
 from barber_jax.console.errors import BarberError
 from barber_jax.console.options import OptionGroup
 
+PROCESS_OPTIONS = ("coordinator", "processes", "process", "public_coordinator")
+"""Options for one process of several, which concern machines and not results."""
 ComputeDtype = Literal["float32", "bfloat16"]
 MatmulPrecision = Literal["highest", "high", "default"]
 SelectionOption = Literal["auto", "top_k", "count"]
@@ -51,16 +53,22 @@ class DeviceOptions(OptionGroup):
     """Number of processes (with --coordinator)."""
     process: int | None = None
     """Index of this process, from 0 (with --coordinator)."""
+    public_coordinator: bool = False
+    """Allow --coordinator at a public address. Whoever reaches its port can read and change the run."""
 
     def settle(self) -> None:
         self._require_least(1, "batch")
         parse_mesh(self.mesh)
         given = (self.coordinator, self.processes, self.process)
         if all(option is None for option in given):
+            if self.public_coordinator:
+                raise BarberError("--public-coordinator needs --coordinator")
             return
         if None in given:
             raise BarberError("--coordinator, --processes and --process: give all three of them")
         if not re.fullmatch(r"\S+:[0-9]{1,5}", self.coordinator):
             raise BarberError(f"--coordinator {self.coordinator!r} is not host:port")
+        if not 1 <= int(self.coordinator.rpartition(":")[2]) <= 65535:
+            raise BarberError(f"--coordinator {self.coordinator}: a port is a number from 1 to 65535")
         if not 0 <= self.process < self.processes:
             raise BarberError(f"--process {self.process} must be at least 0 and below --processes {self.processes}")

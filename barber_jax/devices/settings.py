@@ -12,6 +12,7 @@ from typing import Literal
 import jax
 
 from barber_jax.console.errors import BarberError
+from barber_jax.console.files import expand
 from barber_jax.devices.options import MatmulPrecision, SelectionOption
 
 
@@ -72,14 +73,15 @@ def set_compilation_cache(place: str | None) -> None:
     if place == "off":
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     given = place or os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    # JAX's cache key does not distinguish CPU models, and machines with different CPUs may share a home folder.
-    folder = Path(given).expanduser() if given else home / "barber_jax" / "compiled" / _cpu_digest()
     try:
+        # JAX's cache key does not distinguish CPU models, and machines with different CPUs may share a home folder.
+        default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "barber_jax" / "compiled" / _cpu_digest()
+        # In a container there may be no home folder.
+        folder = expand(given or default)
         folder.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder, os.W_OK)
-    except OSError:
+    except (OSError, BarberError):
         writable = False
     if not writable:
         if place:

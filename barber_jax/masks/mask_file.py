@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from barber_jax.console import documents
 from barber_jax.console.errors import BarberError
 from barber_jax.console.files import check_fetched
 
@@ -129,8 +130,8 @@ class Masks:
 
     def _parse_shapes(self, text: str) -> dict[str, tuple[int, int]]:
         try:
-            shapes = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            shapes = documents.parse(text)
+        except documents.DocumentError as error:
             raise self._bad("the metadata's shapes are not JSON") from error
         if not isinstance(shapes, dict):
             raise self._bad("the metadata's shapes are not a JSON object")

@@ -9,6 +9,9 @@ from barber_jax.console.errors import BarberError
 from barber_jax.models.decoder import ACTIVATIONS, Block, BlockDefinition, Decoder, Definition, SubBlock, define
 from barber_jax.models.numbers import positive
 
+MAX_SIZE = 2**31 - 1
+"""Largest size in config.json: products of two fit 64 bits, and conversions to float do not overflow."""
+
 
 @dataclass(frozen=True)
 class Names:
@@ -96,8 +99,8 @@ class HFConfig:
         value = default if value is None else value
         if value is None:
             raise BarberError(f"config.json: {key} is missing")
-        if not isinstance(value, int) or isinstance(value, bool) or value < (not zero):
-            wanted = "0 or a positive integer" if zero else "a positive integer"
+        if not isinstance(value, int) or isinstance(value, bool) or not (not zero) <= value <= MAX_SIZE:
+            wanted = ("0 or a positive integer" if zero else "a positive integer") + f" up to {MAX_SIZE}"
             raise BarberError(f"config.json: {key} must be {wanted}, not {value!r}")
         return value
 

@@ -4,11 +4,12 @@ May import: console, masks, models, data, convert, devices, forward, criteria, s
 
 | module | what it holds |
 |---|---|
-| `run_record` | run.json |
+| `run_record`, `record_check` | run.json; its structure |
 | `report_page` | report.html |
 | `model_card` | README.md of the pruned model |
 | `summary` | first and last line that a run prints |
 | `figures`, `page` | SVG plots and HTML elements |
+| `markup` | escaping, for HTML and Markdown |
 """
 
 from barber_jax.reports.run_record import load_record, run_record

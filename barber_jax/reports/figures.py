@@ -5,12 +5,16 @@ Figures are drawn in placeholder colours that occur nowhere else; in the SVG the
 
 import io
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
+
+from barber_jax.reports.markup import NOT_SHOWN, Html, element, escape
 
 INK, LINE, SERIES = "#010203", "#010205", ("#010211", "#010212", "#010213", "#010214", "#010215", "#010216")
 """Placeholder colours of text, of axes and grid lines, and of data series."""
@@ -34,6 +38,8 @@ STYLE = {
     "xtick.color": INK,
     "ytick.color": INK,
     "text.color": INK,
+    # Names of folders and options may hold dollar signs, between which matplotlib would read mathematics.
+    "text.parse_math": False,
     "legend.frameon": False,
     "lines.linewidth": 1.4,
     "lines.markersize": 3,
@@ -44,13 +50,20 @@ MAP = "viridis"
 """Colour map of heat maps."""
 
 
+class _PlainLog(LogFormatter):
+    """Labels of a logarithmic axis as plain numbers: matplotlib's own are in its notation for mathematics."""
+
+    def __call__(self, x, pos=None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
 class Plots:
     """Draws the figures of one page, with element ids that are unique on the page."""
 
     def __init__(self):
         self._count = 0
 
-    def draw(self, draw, title: str, size: tuple[float, float] = SIZE, rows: int = 1, columns: int = 1) -> str:
+    def draw(self, draw, title: str, size: tuple[float, float] = SIZE, rows: int = 1, columns: int = 1) -> Html:
         """Draw a figure and return it as an HTML <figure> element.
 
         Args:
@@ -59,22 +72,29 @@ class Plots:
             size: width and height in inches.
             rows, columns: number of axes.
         """
-        with matplotlib.rc_context(STYLE):
+        with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+            # Such as of a letter that the layout's font does not have, but the reader's browser does.
+            warnings.simplefilter("ignore")
             figure = Figure(figsize=size, layout="constrained")
             figure.patch.set_alpha(0)
             axes = figure.subplots(rows, columns, squeeze=rows * columns == 1)
             for each in np.atleast_1d(axes).flat:
                 each.patch.set_alpha(0)
             draw(axes)
+            for each in figure.axes:
+                for axis in (each.xaxis, each.yaxis):
+                    if axis.get_scale() == "log":
+                        axis.set_major_formatter(_PlainLog())
+                        axis.set_minor_formatter(_PlainLog())
             file = io.StringIO()
             FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None, "Creator": None})
         self._count += 1
-        wide = " class='wide'" if size[0] > SIZE[0] else ""
-        return f"<figure{wide}>{self._inline(file.getvalue(), title)}<figcaption>{escape(title)}</figcaption></figure>"
+        wide = "wide" if size[0] > SIZE[0] else None
+        return element("figure", self._inline(file.getvalue(), title), element("figcaption", title), class_=wide)
 
-    def _inline(self, svg: str, title: str) -> str:
+    def _inline(self, svg: str, title: str) -> Html:
         """Prepare an SVG file's text for inclusion in the page."""
-        svg = svg[svg.index("<svg") :]
+        svg = NOT_SHOWN.sub("\ufffd", svg[svg.index("<svg") :])
         # Make ids unique on the page with a prefix per figure. matplotlib may define the same element more than once:
         # only the first keeps its id.
         seen: set[str] = set()
@@ -89,12 +109,7 @@ class Plots:
         svg = re.sub(r"\n\s*", "\n", svg)
         for colour, variable in VARIABLES.items():
             svg = svg.replace(colour, f"var({variable})")
-        return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
-
-
-def escape(text: object) -> str:
-    """Escape text for HTML."""
-    return str(text).translate({38: "&amp;", 60: "&lt;", 62: "&gt;", 34: "&quot;", 39: "&#39;"})
+        return Html(svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1))
 
 
 def lines(series: Mapping[str, Sequence[float]], x: str, y: str, log: bool = False):

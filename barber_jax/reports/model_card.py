@@ -8,8 +8,10 @@ from typing import Any
 
 import yaml
 
+from barber_jax.console import documents
 from barber_jax.console.files import writing
 from barber_jax.convert.export import MASKS
+from barber_jax.reports.markup import markdown_block, markdown_code, markdown_text
 
 CARD = "README.md"
 INHERITED = ("license", "license_name", "license_link", "language")
@@ -47,29 +49,36 @@ def model_card(name: str, record: Mapping[str, Any], command: Sequence[str], sou
     shown = base if is_hub_id else Path(base).name
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
-        f"# {name}",
-        f"`{shown}` with {record['totals']['sparsity']:.1%} of the weights of its decoder blocks pruned "
-        f"({record['options']['pattern']}) by [barber_jax](https://arxiv.org/abs/2408.10631) "
-        f"{record['versions']['barber_jax']}. {_method(record['options'])}",
+        f"# {markdown_text(name)}",
+        f"{markdown_code(shown)} with {record['totals']['sparsity']:.1%} of the weights of its decoder blocks pruned "
+        f"({markdown_text(record['options']['pattern'])}) by [barber_jax](https://arxiv.org/abs/2408.10631) "
+        f"{markdown_text(record['versions']['barber_jax'])}. {markdown_text(_method(record['options']))}",
         _results_table(record),
-        "```sh\npython -m barber_jax.prune " + shlex.join([*command, "--out", name]) + "\n```",
-        "## Use\n\n"
-        "```python\n"
-        "from transformers import AutoModelForCausalLM\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{name}")  # pruned weights are zero\n'
-        "```\n\n"
-        f"`{MASKS}` holds the mask of each pruned weight, `numpy.packbits` of a bool [out, in] array, True = kept:\n\n"
-        "```python\n"
-        "from barber_jax.masks import read_masks\n\n"
-        f'masks = read_masks("{name}/{MASKS}")\n'
-        "kept = masks.read(masks.names()[0])  # bool [out, in]\n"
-        "```\n\n"
+        markdown_block("python -m barber_jax.prune " + shlex.join([*command, "--out", name]), "sh"),
+        "## Use",
+        markdown_block(
+            "from transformers import AutoModelForCausalLM\n\n"
+            f"model = AutoModelForCausalLM.from_pretrained({_quoted(name)})  # pruned weights are zero",
+            "python",
+        ),
+        f"`{MASKS}` holds the mask of each pruned weight, `numpy.packbits` of a bool [out, in] array, True = kept:",
+        markdown_block(
+            "from barber_jax.masks import read_masks\n\n"
+            f"masks = read_masks({_quoted(f'{name}/{MASKS}')})\n"
+            "kept = masks.read(masks.names()[0])  # bool [out, in]",
+            "python",
+        ),
         "In PyTorch, `barber_jax.convert.torch_masks.apply_masks(model, masks)` keeps pruned weights at zero during "
         "fine-tuning. `run.json` and `report.html` describe the pruning run.",
     ]
     if below.strip():
-        parts.append(f"---\n\nModel card of the dense model `{shown}`:\n\n{below.strip()}")
+        parts.append(f"---\n\nModel card of the dense model {markdown_code(shown)}:\n\n{below.strip()}")
     return "\n\n".join(parts) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """Text as a literal of Python, in double quotes where it needs none escaped."""
+    return f'"{text}"' if text.isprintable() and not set(text) & set('"\\\\') else repr(text)
 
 
 def split_card(text: str) -> tuple[dict[str, Any], str]:
@@ -78,8 +87,8 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
     if not found:
         return {}, text
     try:
-        entries = yaml.safe_load(found[1])
-    except yaml.YAMLError:
+        entries = documents.parse(found[1], "yaml")
+    except documents.DocumentError:
         entries = None
     return entries if isinstance(entries, dict) else {}, text[found.end() :]
 
@@ -118,5 +127,9 @@ def _results_table(record: Mapping[str, Any]) -> str:
         measured = record["perplexity"]
         text = f"perplexity, {Path(measured['source']).name}, {measured['windows']} windows of {measured['length']}"
         rows.append((text, f"{dense:.2f}" if dense else "", f"{measured['perplexity']:.2f}"))
-    lines = ["| | dense | pruned |", "|---|--:|--:|", *(f"| {name} | {a} | {b} |" for name, a, b in rows)]
+    lines = [
+        "| | dense | pruned |",
+        "|---|--:|--:|",
+        *(f"| {markdown_text(name)} | {a} | {b} |" for name, a, b in rows),
+    ]
     return "\n".join(lines)

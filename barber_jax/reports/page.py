@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from barber_jax.reports.figures import escape
+from barber_jax.reports.markup import Html, element, join
 
 STYLE = """
 :root{color-scheme:light dark;--paper:#fff;--ink:#1b1f24;--soft:#5b6570;--line:#c9d0d7;--card:#f5f7f9;
@@ -32,36 +32,45 @@ dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
 """
 
 
-def page(title: str, parts: Iterable[str]) -> str:
-    """Compose an HTML document from the parts of its body."""
+def page(title: str, parts: Iterable[object]) -> str:
+    """Compose an HTML document from the parts of its body; those that are not `Html` are escaped as text."""
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width,initial-scale=1'>"
         # An empty icon: without one, browsers request favicon.ico.
         "<link rel='icon' href='data:,'>"
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
+        f"{element('title', title)}<style>{STYLE}</style></head><body>\n{join(parts, chr(10))}\n</body></html>\n"
     )
 
 
-def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    """Compose a table; the cells' text is escaped."""
+def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> Html:
+    """Compose a table."""
 
-    def cells(kind: str, row: Sequence[object]) -> str:
-        return "".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in row)
+    def line(kind: str, row: Sequence[object]) -> Html:
+        return element("tr", *(element(kind, cell) for cell in row))
 
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f"<div class='scroll'><table><thead><tr>{cells('th', head)}</tr></thead><tbody>{body}</tbody></table></div>"
+    body = element("tbody", *(line("td", row) for row in rows))
+    return element("div", element("table", element("thead", line("th", head)), body), class_="scroll")
 
 
-def numbers(values: Iterable[tuple[str, str]]) -> str:
+def numbers(values: Iterable[tuple[str, str]]) -> Html:
     """Compose a row of key figures, given as (value, label)."""
-    return (
-        "<div class='numbers'>"
-        + "".join(f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for value, name in values)
-        + "</div>"
+    boxes = (element("div", element("b", value), element("span", name)) for value, name in values)
+    return element("div", *boxes, class_="numbers")
+
+
+def pairs(values: Iterable[tuple[str, object]]) -> Html:
+    """Compose a list of names and values."""
+    return element(
+        "dl", *(element(kind, text) for pair in values for kind, text in zip(("dt", "dd"), pair, strict=True))
     )
 
 
-def pairs(values: Iterable[tuple[str, object]]) -> str:
-    """Compose a list of names and values."""
-    return "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in values) + "</dl>"
+def plots(figures: Iterable[Html]) -> Html:
+    """Compose a grid of figures."""
+    return element("div", *figures, class_="plots")
+
+
+def soft(text: str) -> Html:
+    """Compose a paragraph in a soft colour."""
+    return element("p", text, class_="soft")

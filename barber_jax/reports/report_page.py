@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
+from barber_jax.console.errors import BarberError
 from barber_jax.console.files import writing
 from barber_jax.convert.export import MASKS
 from barber_jax.masks.mask_file import read_masks
+from barber_jax.reports.markup import Html, element
 from barber_jax.reports.run_record import load_record
 from barber_jax.stages.outliers import parse_map
 
@@ -28,9 +30,13 @@ def write_report(folder: Path, name: str | None = None) -> Path:
     """
     from barber_jax.reports.page import page
 
-    record = load_record(folder)
+    record, outputs = load_record(folder), output_sparsity(folder / MASKS)
+    matrices = {name for block in record["blocks"] for sub in block["sub_blocks"] for name in sub["matrices"]}
+    if matrices != outputs.keys():
+        odd = min(matrices ^ outputs.keys())
+        raise BarberError(f"{folder}: run.json and {MASKS} are of different runs ({odd} is in one only); prune again")
     title = name or folder.resolve().name
-    content = page(f"{title} - barber_jax", _sections(title, record, output_sparsity(folder / MASKS)))
+    content = page(f"{title} - barber_jax", _sections(title, record, outputs))
     path = folder / REPORT
     with writing(path):
         path.write_text(content, encoding="utf-8")
@@ -55,14 +61,13 @@ def _kind(name: str) -> str:
     return name.removesuffix(".weight").rpartition(".")[2]
 
 
-def _sections(title: str, record: dict, outputs: dict[str, np.ndarray]) -> Iterator[str]:
+def _sections(title: str, record: dict, outputs: dict[str, np.ndarray]) -> Iterator[Html]:
     """Yield the HTML elements of the report; `outputs` is from `output_sparsity`."""
-    from barber_jax.reports.figures import escape
-    from barber_jax.reports.page import numbers
+    from barber_jax.reports import page
 
     options, totals, device = record["options"], record["totals"], record["device"]
-    yield f"<h1>{escape(title)}</h1>"
-    yield f"<p class='soft'>{escape(description(record))}</p>"
+    yield element("h1", title)
+    yield page.soft(description(record))
     headline = [(f"{totals['sparsity']:.4f}", "sparsity"), (f"{totals['weights'] / 1e6:.1f} M", "prunable weights")]
     if "swaps" in totals:
         change = totals["loss_after"] / totals["loss_before"] - 1 if totals["loss_before"] else 0.0
@@ -79,10 +84,10 @@ def _sections(title: str, record: dict, outputs: dict[str, np.ndarray]) -> Itera
     for key, where in (("host_bytes", "host"), ("device_bytes", "device")):
         if key in memory:
             headline.append((f"{memory[key] / 2**30:.2f} GiB", f"peak {where} memory"))
-    yield numbers(headline)
-    yield "<div class='plots'>" + "".join(_plots(record, outputs)) + "</div>"
+    yield page.numbers(headline)
+    yield page.plots(_plots(record, outputs))
     yield from _tables(record, outputs)
-    yield "<h2>Settings and environment</h2>"
+    yield element("h2", "Settings and environment")
     yield _settings(record, options)
 
 
@@ -118,7 +123,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.2f} h"
 
 
-def _plots(record: dict, outputs: dict[str, np.ndarray]) -> Iterator[str]:
+def _plots(record: dict, outputs: dict[str, np.ndarray]) -> Iterator[Html]:
     from barber_jax.reports.figures import Plots, bars, heat, lines
 
     plots, blocks = Plots(), record["blocks"]
@@ -170,7 +175,7 @@ def _ranges(outputs: dict[str, np.ndarray], kinds: list[str]):
     return draw
 
 
-def _outliers(plots, maps: list[list[dict]], kinds: list[str]) -> Iterator[str]:
+def _outliers(plots, maps: list[list[dict]], kinds: list[str]) -> Iterator[Html]:
     """Plot the outliers of the rebuild's metric that the masks prune: counts by block, and maps over the matrices.
 
     Args:
@@ -211,7 +216,7 @@ def _outliers(plots, maps: list[list[dict]], kinds: list[str]) -> Iterator[str]:
     yield plots.draw(draw, title, size=(9.6, 3.2), rows=2, columns=len(kinds))
 
 
-def _tables(record: dict, outputs: dict[str, np.ndarray]) -> Iterator[str]:
+def _tables(record: dict, outputs: dict[str, np.ndarray]) -> Iterator[Html]:
     from barber_jax.reports.page import table
 
     rebuilt = "swaps" in record["totals"]
@@ -230,13 +235,14 @@ def _tables(record: dict, outputs: dict[str, np.ndarray]) -> Iterator[str]:
                 entry = [name, f"{each['size']:,}", f"{each['pruned'] / each['size']:.4f}"]
                 entry += [f"{lowest:.4f}", f"{median:.4f}", f"{highest:.4f}"]
                 matrices.append([*entry, *([f"{each['regrown']:,}"] if rebuilt else [])])
-    yield "<h2>Blocks</h2>" + table(head, rows)
+    yield element("h2", "Blocks")
+    yield table(head, rows)
     columns = ["matrix", "weights", "sparsity", "lowest output", "median output", "highest output"]
     body = table([*columns, *(["swaps"] if rebuilt else [])], matrices)
-    yield f"<details><summary>All matrices</summary>{body}</details>"
+    yield element("details", element("summary", "All matrices"), body)
 
 
-def _settings(record: dict, options: dict) -> str:
+def _settings(record: dict, options: dict) -> Html:
     from barber_jax.reports.page import pairs
 
     shown = [(f"--{key.replace('_', '-')}", value) for key, value in options.items() if value not in (None, False)]

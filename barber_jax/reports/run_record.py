@@ -1,7 +1,6 @@
 """Compose run.json, the record of a run: options, versions, devices and results; and read it back."""
 
 import importlib.metadata
-import json
 import platform
 import resource
 import sys
@@ -12,9 +11,13 @@ from typing import Any
 import jax
 
 from barber_jax import __version__
+from barber_jax.console import documents
 from barber_jax.console.errors import BarberError
+from barber_jax.console.files import expand
+from barber_jax.console.structure import WrongStructure
 from barber_jax.convert.export import RUN
 from barber_jax.models.family import Model
+from barber_jax.reports.record_check import ALLOCATION, check_record
 
 FORMAT, VERSION = "barber_jax.run", 2
 RENAMED = {
@@ -24,10 +27,6 @@ RENAMED = {
     "steps": "best_steps",
 }
 """Key of version 1 -> key of version 2."""
-KEYS = {"options": dict, "versions": dict, "device": dict, "model": dict, "blocks": list, "totals": dict}
-"""Required key of run.json -> type of its value."""
-ALLOCATION = ("allocate", "owl_lambda", "owl_m")
-"""Names of the options for the allocation of sparsity to blocks."""
 LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "transformers", "datasets", "safetensors")
 """Packages whose versions are recorded."""
 
@@ -78,7 +77,7 @@ def provenance(options: dict) -> dict | None:
     if folder is None:
         return None
     try:
-        record = load_record(Path(folder).expanduser())
+        record = load_record(expand(folder))
         source, seconds = record["options"], record["totals"]["seconds"]
         allocation = {name: source[name] for name in ALLOCATION if name in source}
         rest = {"rebuild": source["rebuild"], "seconds": seconds}
@@ -98,20 +97,22 @@ def load_record(folder: Path) -> dict:
     if not path.is_file():
         raise BarberError(f"{path}: no such file; give a folder that barber_jax.prune wrote")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BarberError(f"{path}: not JSON ({str(error)[:100]}); prune again") from error
+        record = documents.read(path)
+    except (OSError, ValueError) as error:
+        raise BarberError(f"{path}: not JSON ({error}); prune again") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise BarberError(f"{path}: not a record of barber_jax.prune; give a folder that it wrote")
-    if record.get("version") not in range(1, VERSION + 1):
+    if type(record.get("version")) is not int or record["version"] not in range(1, VERSION + 1):
         raise BarberError(
             f"{path}: version {record.get('version')!r}, but this barber_jax reads versions up to {VERSION}; "
             "read it with the version that wrote it, or prune again"
         )
-    missing = [key for key in KEYS if not isinstance(record.get(key), KEYS[key])]
-    if missing:
-        raise BarberError(f"{path}: {missing[0]!r} is missing or damaged; prune again")
-    return record if record["version"] == VERSION else {**_renamed(record), "version": VERSION}
+    current = record if record["version"] == VERSION else {**_renamed(record), "version": VERSION}
+    try:
+        check_record(current)
+    except WrongStructure as error:
+        raise BarberError(f"{path}: damaged: {error}; prune again") from None
+    return current
 
 
 def _renamed(part: Any) -> Any:

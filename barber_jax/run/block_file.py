@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 import xxhash
 from safetensors import SafetensorError, safe_open
 
+from barber_jax.console import documents
 from barber_jax.convert.safetensors_writer import SafetensorsWriter
 from barber_jax.run.fingerprint import array_fingerprint
 
@@ -43,7 +44,7 @@ class BlockHandler(ocp.CheckpointHandler):
         """Read a block, its arrays in the order in which they were saved. Raises one of `READ_ERRORS` if damaged."""
         with safe_open(Path(directory) / NAME, "np") as file:
             metadata = file.metadata()
-            content = json.loads(metadata["content"])
+            content = documents.parse(metadata["content"])
             arrays = {name: file.get_tensor(name) for name in content["names"]}
         if metadata["checksum"] != _checksum(arrays, metadata["content"]):
             raise ValueError("its checksum does not match")

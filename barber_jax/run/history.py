@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from barber_jax.devices.mesh import broadcast_from_primary
+from barber_jax.devices.mesh import broadcast_arrays, broadcast_from_primary
 from barber_jax.masks.mask_file import pack, unpack
 from barber_jax.run.run_state import RunState
 
@@ -71,7 +71,7 @@ class History:
             index: of the block.
             shapes: kernel path -> [in, out].
         """
-        arrays, record = broadcast_from_primary(lambda: self.state.load(index))
+        arrays, record = broadcast_arrays(lambda: self.state.load(index))
         return Commit.of(arrays, record, shapes)
 
     def commit(self, index: int, commit: Commit) -> None:

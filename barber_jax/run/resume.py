@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 
 from barber_jax.console.errors import BarberError, DamagedInput
+from barber_jax.console.files import expand
 from barber_jax.console.options import flag
 from barber_jax.convert.checkpoint import Checkpoint
+from barber_jax.devices.options import PROCESS_OPTIONS
 from barber_jax.run.fingerprint import array_fingerprint, fingerprint
 from barber_jax.run.run_state import RunState
 
 NOT_COMPARED = (
     *("preset", "ckpt", "out", "format", "masks", "sparse_ckpt", "calibration", "text_field", "seed"),
-    *("selection", "offload_activations", "compilation_cache", "coordinator", "processes", "process"),
+    *("selection", "offload_activations", "compilation_cache", *PROCESS_OPTIONS),
     *("overwrite", "resume", "verbose", "eval_text", "eval_dataset", "eval_windows"),
 )
 """Options that do not change the result, and options that name inputs, whose content is compared instead."""
@@ -46,7 +48,7 @@ def run_identity(
             for path in sources:
                 identity[f"content of {option} {os.path.relpath(path, sources[0].parent)}"] = fingerprint(path)
     if options["masks"]:
-        identity["content of --masks"] = fingerprint(options["masks"].expanduser())
+        identity["content of --masks"] = fingerprint(expand(options["masks"]))
     if ids is not None:
         identity["content of the calibration ids"] = array_fingerprint(ids)
     return identity

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 
+from barber_jax.console import documents
 from barber_jax.console.errors import BarberError
 from barber_jax.console.files import writing
 from barber_jax.run.block_file import READ_ERRORS, Block, BlockRestore, BlockSave
@@ -191,15 +192,15 @@ def _check_identity(folder: Path, identity: dict[str, Any]) -> None:
     """Raise `BarberError` unless the folder holds a run state with this identity."""
     path = folder / IDENTITY
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = documents.read(path)
         if not isinstance(stored, dict):
             raise ValueError("not a JSON object")
     except (FileNotFoundError, NotADirectoryError):
         raise BarberError(f"--resume: no unfinished run under {folder}; leave --resume out to start one") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         cause = _first_line(error)
         raise BarberError(f"--resume: {path}: cannot be read ({cause}); start over with --overwrite") from None
-    given = json.loads(json.dumps(identity))
+    given = documents.parse(json.dumps(identity))
     differing = [name for name in given | stored if given.get(name) != stored.get(name)]
     if not differing:
         return

@@ -171,11 +171,85 @@ def test_processes_with_different_options_stop(inputs):
         (["--coordinator", "here:1"], "give all three"),
         (["--coordinator", "here", "--processes", "2", "--process", "0"], "not host:port"),
         (["--coordinator", "here:1", "--processes", "2", "--process", "2"], "below --processes 2"),
+        (["--coordinator", "here:99999", "--processes", "2", "--process", "0"], "a number from 1 to 65535"),
+        (["--coordinator", "here:0", "--processes", "2", "--process", "0"], "a number from 1 to 65535"),
+        (["--public-coordinator"], "needs --coordinator"),
     ],
 )
 def test_bad_process_options(options, complaint):
     with pytest.raises(BarberError, match=complaint):
         PruneConfig.parse("barber_jax.prune", ["--ckpt", "dense", "--out", "out", *options])
+
+
+@pytest.fixture
+def resolver(monkeypatch):
+    """Names stand for addresses as in a table; an address stands for itself."""
+    table = {"node": "10.0.0.7", "world": "8.8.8.8", "both": ("10.0.0.7", "2001:4860::1"), "me": "127.0.1.1"}
+
+    def resolve(host, port, **_):
+        if host == "unknown":
+            raise socket.gaierror(-2, "Name or service not known")
+        found = table.get(host, "127.0.0.1" if host == "localhost" else host)
+        return [(0, 0, 0, "", (each, 0)) for each in ([found] if isinstance(found, str) else found)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("8.8.8.8:1", "is the public address 8.8.8.8: whoever reaches that port can read and change the run"),
+        ("world:1", "is the public address 8.8.8.8"),
+        ("both:1", "is the public address 2001:4860::1"),
+        ("[2001:4860::1]:1", "is the public address 2001:4860::1"),
+        ("[::ffff:8.8.8.8]:1", "is the public address"),
+        ("100.64.0.1:1", "is the public address"),
+        ("0.0.0.0:1", "is every interface of this machine"),
+        ("[::]:1", "is every interface of this machine"),
+        ("unknown:1", "cannot find this host (Name or service not known)"),
+    ],
+)
+def test_a_public_coordinator_needs_a_word(resolver, monkeypatch, address, says):
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", lambda *_, **__: pytest.fail("started"))
+    for process in (0, 1):
+        with pytest.raises(BarberError) as error:
+            hosts.join(address, 2, process)
+        assert says in str(error.value)
+
+
+@pytest.mark.parametrize("address", ["10.0.0.7:1", "node:1", "127.0.0.1:1", "localhost:1", "[::1]:1", "[fd00::1]:1"])
+def test_the_coordinator_listens_at_its_address_alone(resolver, monkeypatch, address):
+    seen = []
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", lambda *_, **options: seen.append(options))
+    monkeypatch.setattr(hosts.jax.config, "update", lambda *_: None)
+    hosts.join(address, 2, 0)
+    assert seen[0]["coordinator_bind_address"] == address
+    # Where it must listen at another address than the others connect to, that address is checked too.
+    monkeypatch.setenv(hosts.BIND, "10.0.0.9:1")
+    hosts.join(address, 2, 0)
+    assert seen[1]["coordinator_bind_address"] == "10.0.0.9:1"
+    monkeypatch.setenv(hosts.BIND, "0.0.0.0:1")
+    with pytest.raises(BarberError, match="every interface"):
+        hosts.join(address, 2, 0)
+    hosts.join(address, 2, 0, public_coordinator=True)
+    assert seen[2]["coordinator_bind_address"] == "0.0.0.0:1"
+
+
+def test_with_the_word_a_public_coordinator_starts(resolver, monkeypatch):
+    seen = []
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", lambda *_, **options: seen.append(options))
+    monkeypatch.setattr(hosts.jax.config, "update", lambda *_: None)
+    hosts.join("world:1", 2, 0, public_coordinator=True)
+    assert seen[0]["coordinator_bind_address"] == "world:1"
+
+
+def test_a_name_that_only_this_machine_knows(resolver, monkeypatch):
+    """Debian gives a machine's own name the address 127.0.1.1: the others would wait in vain."""
+    monkeypatch.setattr(hosts.jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", lambda *_, **__: None)
+    with pytest.raises(BarberError, match=r"stands for 127\.0\.1\.1, where other machines do not reach it"):
+        hosts.join("me:1", 2, 0)
+    hosts.join("me:1", 2, 1)
 
 
 @pytest.mark.parametrize(

@@ -200,9 +200,9 @@ def test_config_that_is_no_json_object(refused, model, ids, content):
         ({"model_type": None}, "model_type None is not supported"),
         ({"architectures": ["FooModel"]}, "architecture 'FooModel'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"hidden_size": [32]}, "hidden_size must be a positive integer, not [32]"),
-        ({"hidden_size": "32"}, "hidden_size must be a positive integer, not '32'"),
-        ({"hidden_size": 10**30}, f"config.json asks for [97, {10**30}]"),
+        ({"hidden_size": [32]}, "hidden_size must be a positive integer up to 2147483647, not [32]"),
+        ({"hidden_size": "32"}, "hidden_size must be a positive integer up to 2147483647, not '32'"),
+        ({"hidden_size": 10**30}, f"hidden_size must be a positive integer up to {2**31 - 1}, not {10**30}"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer"),
         ({"num_hidden_layers": -2}, "num_hidden_layers must be a positive integer"),
         # Must not list the tensors of a thousand million layers before it looks for them.

@@ -222,6 +222,52 @@ def test_bad_values_are_found_before_anything_runs(tmp_path, grid_file):
 
 
 @pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        # A value that would be read as further options, were it put on a command line.
+        ("sweep: [{calibration: [[x, --out, /somewhere, --overwrite]]}]", "it takes one value, not several"),
+        ("prune: {calibration: [x, --overwrite]}\nsweep: [{method: wanda}]", "it takes one value, not several"),
+        ("sweep: [{method: {wanda: --overwrite}}]", "it takes one value, not several"),
+        ("sweep: [{preset: [[paper]]}]", "it takes one value, not several"),
+        ("sweep: [{calibration: --overwrite}]", "begins like an option"),
+        ("sweep: [{method: vanda}]", "--method 'vanda': choose one of magnitude, wanda"),
+        ("sweep: [{samples: many}]", "--samples 'many': it must be an integer"),
+        ("sweep: [{rebuild: perhaps}]", "--rebuild 'perhaps': it must be true or false"),
+        ("sweep: [{samples: 1111111111111111111111111111111}]", "out of range"),
+        (f"sweep: [{{seed: {list(range(101))}, samples: {list(range(1, 101))}}}]", "makes more than 10000 runs"),
+        ("sweep: [{method: wanda}]\nperplexity: {text: [a, --json, b], length: 8}", "begins like an option"),
+        ("sweep: [{method: wanda}]\nperplexity: {text: a}", "grid: missing --length"),
+        ("sweep: [{method: wanda}]\nzero_shot: {limit: [1, 2]}", "it takes one value, not several"),
+    ],
+)
+def test_values_of_a_grid_are_never_options(tmp_path, monkeypatch, text, says):
+    monkeypatch.setattr(grid_module, "_run_module", lambda *_: pytest.fail("something ran"))
+    path = tmp_path / "grid.yaml"
+    path.write_text(text)
+    with pytest.raises(BarberError) as error:
+        run_grid(read_grid([path]), "some/model", tmp_path / "out", lambda _: None)
+    assert says in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("a.yaml", "a: &a [x, x]\n" + "".join(f"b{i}: &a{i} [*a, *a]\n" for i in range(9)), "unknown key 'a'"),
+        ("a.yaml", "a: &a0 [x]\n" + "".join(f"b{i}: &a{i + 1} [*a{i}, *a{i}]\n" for i in range(30)), "unfolds to more"),
+        ("a.yaml", "[" * 100_000, "nested too deeply"),
+        ("a.toml", "a = " + "[" * 100_000, "nested too deeply"),
+        ("a.toml", "prune = 1979-05-27", "prune must hold options"),
+        ("a.yaml", "# " + "x" * 300_000, "more than the 262144 that are read"),
+    ],
+)
+def test_grids_beyond_all_bounds(tmp_path, name, text, says):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(BarberError, match=says):
+        read_grid([tmp_path / name])
+
+
+@pytest.mark.parametrize(
     ("shared", "group", "runs"),
     [
         ("reconstruct_rate: 0.02", "reconstruct: [0, 5], rebuild: false", ["", "reconstruct 5 rate 0.02"]),

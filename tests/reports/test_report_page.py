@@ -128,7 +128,7 @@ def test_where_the_starting_masks_came_from(run, tmp_path):
         (lambda folder: (folder / "run.json").write_text("{"), "not JSON"),
         (lambda folder: (folder / "run.json").write_text("[]"), "not a record of barber_jax.prune"),
         (lambda folder: change(folder, version=3), "version 3, but this barber_jax reads versions up to 2"),
-        (lambda folder: change(folder, blocks=None), "'blocks' is missing or damaged"),
+        (lambda folder: change(folder, blocks=None), "damaged: blocks is missing or not a list"),
         (lambda folder: (folder / "masks.safetensors").unlink(), "masks.safetensors: no such file"),
     ],
 )
