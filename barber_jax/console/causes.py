@@ -18,14 +18,19 @@ MEMORY = (
     "raise the limit on memory (ulimit -v, the container's), or need less: a smaller --batch, fewer or shorter samples"
 )
 
+DEVICE_MEMORY = (
+    "need less of the device's memory: a smaller --batch, --offload-activations, or --mesh over more devices; "
+    "on a CPU raise the limit on memory, or fewer or shorter samples"
+)
+
 
 def explain(error: BaseException) -> str | None:
     """The message for an exception whose cause lies outside the program, with the way out; None for any other."""
     text = str(error)
     if isinstance(error, MemoryError) or "std::bad_alloc" in text:
-        return f"out of memory{f' ({text})' if text else ''}; {MEMORY}"
+        return f"out of memory{_place(error)}{f' ({text})' if text else ''}; {MEMORY}"
     if text.startswith("RESOURCE_EXHAUSTED") or "Out of memory" in text:
-        return f"out of memory ({_first_line(text)}); {MEMORY}"
+        return f"out of memory{_place(error)} ({_first_line(text)}); {DEVICE_MEMORY}"
     if isinstance(error, RuntimeError) and "can't start new thread" in text:
         return f"the system starts no more threads, for lack of memory or by its limits (ulimit -u); {MEMORY}"
     if isinstance(error, RuntimeError) and text.startswith(("Unable to initialize backend", "Unknown backend")):
@@ -42,6 +47,11 @@ def explain(error: BaseException) -> str | None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return f"{error.strerror}; free some space, or write to another place"
     return None
+
+
+def _place(error: BaseException) -> str:
+    """Where a run was, as its stopwatch has noted (`progress.Stopwatch`): ` at block 3, mlp gradient`."""
+    return "".join(f" at {note}" for note in getattr(error, "__notes__", [])[:1])
 
 
 def _as_path(name: object) -> str | bytes:

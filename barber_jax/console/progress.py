@@ -123,10 +123,17 @@ class Stopwatch:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Context manager that times a stage. Inside it, wait for the results: JAX dispatches asynchronously."""
+        """Context manager that times a stage. Inside it, wait for the results: JAX dispatches asynchronously.
+
+        An exception that passes gets a note of the stage.
+        """
         self.phase.stage(self.block, name)
         start = time.perf_counter()
-        yield
+        try:
+            yield
+        except Exception as error:
+            error.add_note(f"block {self.block}, {name}")
+            raise
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 

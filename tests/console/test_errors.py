@@ -13,6 +13,7 @@ import pytest
 from barber_jax.console import causes
 from barber_jax.console.errors import MAX_LINE, MAX_WORD, BarberError, exit_with_one_line, one_line
 from barber_jax.console.files import expand
+from barber_jax.console.progress import Progress, Stopwatch
 from barber_jax.console.quiet import held_stderr, silenced
 
 
@@ -52,6 +53,17 @@ def ending(capsys, raised):
 def test_a_cause_outside_the_program_is_status_2(capsys, raised, says):
     status, line = ending(capsys, raised)
     assert (status, line[: len(says)]) == (2, says) or (status == 2 and says in line)
+
+
+def test_lack_of_device_memory_names_the_stage_and_what_helps(capsys):
+    with Progress(silent=True) as progress, progress.phase("pruning", 5) as phase:
+        stage = Stopwatch(phase, 3).stage("mlp gradient")
+        with pytest.raises(RuntimeError) as error, stage:
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
+    status, line = ending(capsys, error.value)
+    assert status == 2
+    assert line.startswith("out of memory at block 3, mlp gradient (RESOURCE_EXHAUSTED: Out of memory")
+    assert all(option in line for option in ("--batch", "--offload-activations", "--mesh"))
 
 
 def test_a_platform_that_is_not_there(capsys, monkeypatch):

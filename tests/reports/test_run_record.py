@@ -98,7 +98,9 @@ def test_a_damaged_record_is_refused_or_used(folder):
             # What does not make a plot, which takes a second, is made of each.
             description(damaged), _settings(damaged, damaged["options"]), list(_tables(damaged, outputs))
             run = Run("damaged", folder, damaged)
-            runs_table([sound, run]), seeds_table([sound, run]), as_json([sound, run], [], []), run.start_masks, run.model
+            runs_table([sound, run]), seeds_table([sound, run]), as_json([sound, run], [], [])
+            assert run.start_masks is None or run.start_masks.is_file()
+            assert run.model
     assert refused > 1000 and used > 200
 
 
