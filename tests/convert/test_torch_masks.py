@@ -23,7 +23,7 @@ from transformers import (
 
 from barber_jax.console.errors import BarberError
 from barber_jax.convert import torch_masks
-from barber_jax.convert.apply_masks import ApplyConfig, apply
+from barber_jax.convert.apply_masks import ApplyConfig, _load_model, apply
 from barber_jax.convert.torch_masks import apply_masks, check_masks, load_masks, make_permanent
 from barber_jax.masks.mask_file import mask_metadata, pack, read_masks
 
@@ -359,3 +359,14 @@ def test_semi_structured_names_the_weight_that_the_kernels_refuse(model, path, m
     apply_masks(model.half(), path)
     with pytest.raises(BarberError, match=r"model\.layers\.0\..*: the sparse kernels refuse it"):
         torch_masks.to_semi_structured(model, path)
+
+
+def test_code_of_a_model_is_never_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question"))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}})
+    )
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(BarberError, match="which is never run; load the model in a program of your own"):
+        _load_model(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
