@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from flax import nnx
 
@@ -95,10 +96,7 @@ class HFConfig:
 
     def size(self, key: str, default: int | None = None, *, zero: bool = False) -> int:
         """A positive integer; also 0 if `zero`."""
-        value = self.raw.get(key)
-        value = default if value is None else value
-        if value is None:
-            raise BarberError(f"config.json: {key} is missing")
+        value = self._given(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or not (not zero) <= value <= MAX_SIZE:
             wanted = ("0 or a positive integer" if zero else "a positive integer") + f" up to {MAX_SIZE}"
             raise BarberError(f"config.json: {key} must be {wanted}, not {value!r}")
@@ -106,7 +104,16 @@ class HFConfig:
 
     def window(self, key: str = "sliding_window") -> int:
         """A number of positions; all beyond int32, in which positions are compared, mean the same."""
-        return min(self.size(key), 2**31 - 1)
+        value = self._given(key)
+        return MAX_SIZE if type(value) is int and value > MAX_SIZE else self.size(key)
+
+    def _given(self, key: str, default: int | None = None) -> Any:
+        """An entry, or the default where it is missing or null; there must be one of them."""
+        value = self.raw.get(key)
+        value = default if value is None else value
+        if value is None:
+            raise BarberError(f"config.json: {key} is missing")
+        return value
 
     def norm_epsilon(self, key: str, default: float) -> float:
         """The constant that an RMSNorm adds to the mean square, a number above 0 and at most 1.

@@ -74,7 +74,7 @@ def ends(tmp_path, capsys, monkeypatch):
 
 
 STAGES = [
-    *((prune, name, []) for name in ("check_destination", "open_checkpoint", "build_model", "parse_mesh")),
+    *((prune, name, []) for name in ("claimed", "open_checkpoint", "build_model", "parse_mesh")),
     *((prune, name, []) for name in ("check_inputs", "open_start", "check_source", "evaluation_windows")),
     *((prune, name, []) for name in ("run_identity", "require_agreement", "open_state", "headline")),
     (FolderWriter, "__init__", []),

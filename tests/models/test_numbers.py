@@ -85,7 +85,6 @@ def test_a_window_beyond_all_positions_is_none(tmp_path, window):
         (dict(hidden_size=32, num_attention_heads=32, num_key_value_heads=16, head_dim=None), 1),
         (dict(hidden_size=60, num_attention_heads=12, num_key_value_heads=6, head_dim=None), 5),
         (dict(head_dim=15), 15),
-        (dict(head_dim=10**30 + 1), 10**30 + 1),
     ],
 )
 def test_odd_head_sizes_are_refused(family, changes, size):
