@@ -6,6 +6,7 @@ from pathlib import Path
 from barber_jax.console import documents
 from barber_jax.console.errors import BarberError
 from barber_jax.eval.tables import Table, markdown
+from barber_jax.reports.markup import Html, element, markdown_text
 from barber_jax.reports.page import pairs, table
 
 CHECK_FILE = "device_check.json"
@@ -52,22 +53,19 @@ def describe(content: dict) -> str:
 
 def markdown_page(checks: Checks) -> str:
     """All tables in Markdown."""
-    lines = [f"{name}: {describe(content)}; {content['shape']}" for name, content in checks]
+    lines = [
+        markdown_text(f"{name}: {describe(content)}; {content['shape']}", begins_line=True) for name, content in checks
+    ]
     parts = [f"\n{title}\n\n{markdown(*rows)}" for title, rows in _tables(checks)]
     return "\n".join(lines + parts)
 
 
-def page_parts(checks: Checks) -> Iterator[str]:
+def page_parts(checks: Checks) -> Iterator[Html]:
     """HTML of the page's body, part by part."""
-    yield "<h1>Device check</h1>"
+    yield element("h1", "Device check")
     yield pairs((name, f"{describe(content)}; {content['shape']}") for name, content in checks)
-    yield from sections(checks)
-
-
-def sections(checks: Checks) -> Iterator[str]:
-    """HTML of the tables, each with its heading."""
     for title, rows in _tables(checks):
-        yield f"<h2>{title}</h2>"
+        yield element("h2", title)
         yield table(*rows)
 
 

@@ -119,6 +119,7 @@ def test_page_of_two_checks(tmp_path):
     assert "| float32 | wanda | 99.500% (99.00%) | 100.000% (99.00%) |" in text
     assert "1.9 min for 32 blocks" in text
     assert "Some GPU" in html
+    assert "<h2>Attention</h2>" in html
     assert "<b>no kernel</b>" not in html
     assert "&lt;b&gt;no kernel" in html
     assert json.loads((tmp_path / "study" / "study.json").read_text())["device_checks"].keys() == {"one", "other"}
