@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +43,7 @@ from barber_jax.reports.summary import headline, summary
 from barber_jax.run.history import History
 from barber_jax.run.loop import Pruning
 from barber_jax.run.resume import open_state, run_identity
+from barber_jax.run.run_state import RunState
 
 
 def prune(config: PruneConfig) -> dict:
@@ -58,68 +61,117 @@ def prune(config: PruneConfig) -> dict:
         return _prune(config)
 
 
+@dataclass
+class Prepared:
+    """All that a run needs, read and checked before the long computation.
+
+    Attributes:
+        config: options, with what depends on the inputs filled in.
+        checkpoint, model: to prune.
+        devices: to compute on.
+        selection: implementation of the selection of weights.
+        start: source of the starting masks.
+        sparsity: fraction of the prunable weights.
+        ids: int32 [samples, length] calibration tokens; None where none are needed.
+        windows: int32 [windows, length] evaluation tokens; None to evaluate nothing.
+        identity: what must be the same for the run to be resumed.
+    """
+
+    config: PruneConfig
+    checkpoint: Checkpoint
+    model: Model
+    devices: Devices
+    selection: Selection
+    start: Start
+    sparsity: float
+    ids: np.ndarray | None
+    windows: np.ndarray | None
+    identity: dict[str, Any]
+
+
 def _prune(config: PruneConfig) -> dict:
     """Do what `prune` does, with --out claimed."""
     start_time = time.perf_counter()
+    with contextlib.ExitStack() as stack, jax.default_matmul_precision(config.matmul_precision):
+        progress = stack.enter_context(Progress(config.verbose, silent=not is_primary()))
+        run = prepare(config, progress)
+        writer, state = open_output(run, stack, progress) if is_primary() else (None, None)
+        progress.say(headline(run.config.as_dict(), run.checkpoint, run.model, run.devices))
+        dense = measure_perplexity(run, run.checkpoint, progress, "dense model") if writer else None
+        blocks = prune_blocks(run, writer, state, progress)
+        pruned = measure_perplexity(run, HFFolder(writer.folder), progress, "pruned model") if writer else None
+        options = run.config.as_dict() | {"sparsity": run.sparsity, "selection": run.selection}
+        measured = {"dense_perplexity": dense, "perplexity": pruned}
+        allocated = run.start.sparsities if run.config.allocate == "owl" else None
+        seconds = time.perf_counter() - start_time
+        record = run_record(options, run.model, run.devices.used, blocks, seconds, **measured, allocation=allocated)
+        if writer:
+            publish(run.config, record, writer, state, progress)
+        progress.say(summary(record))
+    return record
+
+
+def prepare(config: PruneConfig, progress: Progress) -> Prepared:
+    """Open and check the inputs. Raises `BarberError`."""
     checkpoint = open_checkpoint(config.ckpt)
     sparse = open_checkpoint(config.sparse_ckpt) if config.sparse_ckpt else None
     model = build_model(checkpoint.config, jnp.dtype(config.compute_dtype))
     devices = Devices.of(parse_mesh(config.mesh))
     selection = choose_selection(config.selection, devices.used[0].platform)
-    with contextlib.ExitStack() as stack, jax.default_matmul_precision(config.matmul_precision):
-        progress = stack.enter_context(Progress(config.verbose, silent=not is_primary()))
-        check_inputs(config, checkpoint, model, devices)
-        start, config, sparsity = open_start(config, checkpoint, sparse, model, devices, progress, selection)
-        config = dataclasses.replace(config, batch=config.batch or passes.default_batch(config.length))
-        owl = config.allocate == "owl"
-        uses_ids = start.needs_stream or config.runs_stages or owl
-        check_source(config.calibration)
-        ids = calibration_ids(config, checkpoint, model, progress.say) if uses_ids else None
-        windows = evaluation_windows(config, checkpoint, model, progress.say)
-        identity = run_identity(config.as_dict(), checkpoint, sparse, ids)
-        require_agreement("options or files", identity)
-        state, writer = None, None
-        if is_primary():
-            names, pattern = model.pruned_names(), str(config.sparsity_pattern)
-            writer = FolderWriter(config.out, checkpoint, names, pattern, sparsity, config.save_start)
-            stack.enter_context(writer)
-            switches = {"resume": config.resume, "overwrite": config.overwrite}
-            run_folder = sibling_path(config.out, ".run")
-            state = stack.enter_context(open_state(run_folder, identity, model.layers, progress.say, **switches))
-            if writer.no_tokenizer:
-                progress.say(writer.no_tokenizer)
-        progress.say(headline(config.as_dict(), checkpoint, model, devices))
-        dense = measure_perplexity(config, checkpoint, model, windows, progress, "dense model") if writer else None
-        with devices.context():
-            if owl:
-                settings = {"batch": config.batch, "offload": config.offload_activations}
-                arguments = (config, config.sparsity_pattern.sparsity, checkpoint, model, ids, devices, progress)
-                start.sparsities = allocation.block_sparsities(*arguments, **settings)
-            with progress.phase("pruning", model.layers) as phase:
-                settings = {"offload": config.offload_activations, "keep_start": config.save_start}
-                settings["selection"] = selection
-                arguments = (checkpoint, model, ids, start, config, config.batch, phase, devices, History(state))
-                blocks = write_blocks(Pruning(*arguments, **settings), writer, phase)
-        pruned = None
-        if writer:
-            result = HFFolder(writer.folder)
-            pruned = measure_perplexity(config, result, model, windows, progress, "pruned model")
-        options, seconds = config.as_dict() | {"sparsity": sparsity}, time.perf_counter() - start_time
-        options["selection"] = selection
-        measured = {"dense_perplexity": dense, "perplexity": pruned}
-        allocated = start.sparsities if owl else None
-        record = run_record(options, model, devices.used, blocks, seconds, **measured, allocation=allocated)
-        if writer:
-            writer.write_json(RUN, record)
-            write_model_card(writer.folder, config.out.name, record, config.command_line())
-            try_report(writer.folder, config.out, progress)
-            apply_format(writer.folder, config.format)
-            interrupt.check()
-            with interrupt.deferred():
-                writer.publish()
-                state.remove()
-        progress.say(summary(record))
-    return record
+    check_inputs(config, checkpoint, model, devices)
+    start, config, sparsity = open_start(config, checkpoint, sparse, model, devices, progress, selection)
+    config = dataclasses.replace(config, batch=config.batch or passes.default_batch(config.length))
+    check_source(config.calibration)
+    uses_ids = start.needs_stream or config.runs_stages or config.allocate == "owl"
+    ids = calibration_ids(config, checkpoint, model, progress.say) if uses_ids else None
+    windows = evaluation_windows(config, checkpoint, model, progress.say)
+    identity = run_identity(config.as_dict(), checkpoint, sparse, ids)
+    require_agreement("options or files", identity)
+    return Prepared(config, checkpoint, model, devices, selection, start, sparsity, ids, windows, identity)
+
+
+def open_output(run: Prepared, stack: contextlib.ExitStack, progress: Progress) -> tuple[FolderWriter, RunState]:
+    """Open the output folder and the run state, which `stack` closes. Raises `BarberError`."""
+    config, model = run.config, run.model
+    names, pattern = model.pruned_names(), str(config.sparsity_pattern)
+    writer = FolderWriter(config.out, run.checkpoint, names, pattern, run.sparsity, config.save_start)
+    stack.enter_context(writer)
+    switches = {"resume": config.resume, "overwrite": config.overwrite}
+    folder = sibling_path(config.out, ".run")
+    state = stack.enter_context(open_state(folder, run.identity, model.layers, progress.say, **switches))
+    if writer.no_tokenizer:
+        progress.say(writer.no_tokenizer)
+    return writer, state
+
+
+def prune_blocks(run: Prepared, writer: FolderWriter | None, state: RunState | None, progress: Progress) -> list[dict]:
+    """Prune all blocks; return their entries in run.json.
+
+    Args:
+        writer, state: None on processes other than the primary one.
+    """
+    config, offload = run.config, run.config.offload_activations
+    inputs = (run.checkpoint, run.model, run.ids)
+    with run.devices.context():
+        if config.allocate == "owl":
+            arguments = (config, config.sparsity_pattern.sparsity, *inputs, run.devices, progress)
+            run.start.sparsities = allocation.block_sparsities(*arguments, batch=config.batch, offload=offload)
+        with progress.phase("pruning", run.model.layers) as phase:
+            arguments = (*inputs, run.start, config, config.batch, phase, run.devices, History(state))
+            switches = {"offload": offload, "keep_start": config.save_start, "selection": run.selection}
+            return write_blocks(Pruning(*arguments, **switches), writer, phase)
+
+
+def publish(config: PruneConfig, record: dict, writer: FolderWriter, state: RunState, progress: Progress) -> None:
+    """Complete the output folder with everything about the run, give it its final name, and delete the run state."""
+    writer.write_json(RUN, record)
+    write_model_card(writer.folder, config.out.name, record, config.command_line())
+    try_report(writer.folder, config.out, progress)
+    apply_format(writer.folder, config.format)
+    interrupt.check()
+    with interrupt.deferred():
+        writer.publish()
+        state.remove()
 
 
 def check_inputs(config: PruneConfig, checkpoint: Checkpoint, model: Model, devices: Devices) -> None:
@@ -201,28 +253,21 @@ def evaluation_windows(
     )
 
 
-def measure_perplexity(
-    config: PruneConfig,
-    checkpoint: Checkpoint,
-    model: Model,
-    windows: np.ndarray | None,
-    progress: Progress,
-    name: str,
-) -> dict | None:
-    """Measure the perplexity of a checkpoint.
+def measure_perplexity(run: Prepared, checkpoint: Checkpoint, progress: Progress, name: str) -> dict | None:
+    """Measure the perplexity of a checkpoint on the run's evaluation text.
 
     Args:
-        windows: int32 [windows, length]; None to measure nothing.
+        checkpoint: the dense model, or the pruned one.
         name: of the checkpoint, for the progress line.
 
     Returns:
-        `source`, the name of the evaluation text, and what `perplexity` returns; None without windows.
+        `source`, the name of the evaluation text, and what `perplexity` returns; None where there is none.
     """
-    if windows is None:
+    if run.windows is None:
         return None
-    with progress.phase(f"perplexity of the {name}", model.layers, announce=True) as phase:
-        measured = perplexity(checkpoint, model, windows, config.batch, phase=phase)
-    return {"source": str(config.eval_text or config.eval_dataset), **measured}
+    with progress.phase(f"perplexity of the {name}", run.model.layers, announce=True) as phase:
+        measured = perplexity(checkpoint, run.model, run.windows, run.config.batch, phase=phase)
+    return {"source": str(run.config.eval_text or run.config.eval_dataset), **measured}
 
 
 def write_blocks(pruning: Pruning, writer: FolderWriter | None, phase) -> list[dict]:
