@@ -26,9 +26,10 @@ def read_check(path: Path) -> dict:
     try:
         content = documents.read(path)
         if (content["format"], content["version"]) == (FORMAT, VERSION):
-            _tables([(path.parent.name, content)])
+            # The whole page, so that nothing in the file can fail later.
+            markdown_page([(path.parent.name, content)])
             return content
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
         pass
     raise BarberError(f"{path}: not a file that this version's barber_jax.eval.device_check wrote; check again")
 

@@ -89,13 +89,21 @@ class Masks:
         return unpack(self.packed(name), self.shapes[name])
 
     def packed(self, name: str) -> np.ndarray:
-        """Read one packed mask, uint8, as from `pack`. Raises BarberError if the file has no mask of that name."""
+        """Read one packed mask, uint8, as from `pack`. Raises BarberError if the file has no mask of that name.
+
+        Bits of the last byte that belong to no weight are zero, whatever they are in the file.
+        """
         if name not in self.shapes:
             raise BarberError(f"{self.path}: no mask for {name}; its first mask is {next(iter(self.shapes), 'none')}")
         try:
-            return self._file.get_tensor(name)
+            packed = self._file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise BarberError(f"{self.path}: cannot read {name}: {error}; write or copy the file again") from error
+        padding = -math.prod(self.shapes[name]) % 8
+        if packed[-1] & ~(-1 << padding):
+            packed = packed.copy()
+            packed[-1] &= 256 - (1 << padding)
+        return packed
 
     def _bad(self, what: str) -> BarberError:
         return BarberError(f"{self.path}: {what}; write or copy the mask file again")

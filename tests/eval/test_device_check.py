@@ -126,7 +126,17 @@ def test_page_of_two_checks(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda c: {}, lambda c: [], lambda c: c | {"version": 99}, lambda c: c | {"steps": 3}]
+    "damage",
+    [
+        lambda c: {},
+        lambda c: [],
+        lambda c: c | {"version": 99},
+        lambda c: c | {"steps": 3},
+        lambda c: {key: value for key, value in c.items() if key != "shape"},
+        lambda c: c | {"environment": {"versions": {}}},
+        lambda c: c | {"environment": 7},
+        lambda c: c | {"steps": [{**c["steps"][0], "seconds": 10**400}]},
+    ],
 )
 def test_damaged_check_is_one_line(tmp_path, damage):
     (tmp_path / device_page.CHECK_FILE).write_text(json.dumps(damage(check())))

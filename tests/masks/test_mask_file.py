@@ -87,6 +87,36 @@ def test_round_trip_through_the_streaming_writer(path, masks):
         assert np.array_equal(opened.read(name), mask)
 
 
+def test_padding_bits_that_are_set_change_nothing(path, masks):
+    """A mask of 6 x 3 leaves 6 bits of its last byte, which another writer may not clear."""
+    packed = {name: pack(mask) for name, mask in masks.items()}
+    for array in packed.values():
+        assert array[-1] & 0b111111 == 0
+        array[-1] |= 0b101101
+    save_file(packed, path, mask_metadata("unstructured", 0.5, SHAPES))
+    opened = read_masks(path)
+    for name, mask in masks.items():
+        assert np.array_equal(opened.read(name), mask)
+        # Studies count on the packed bits.
+        assert np.array_equal(opened.packed(name), pack(mask))
+
+
+def test_padding_bits_that_are_set_change_nothing_in_pytorch(path, masks):
+    torch = pytest.importorskip("torch")
+    from barber_jax.convert.torch_masks import apply_masks, load_masks
+
+    packed = {name: pack(mask) | np.array([0, 0, 0b111111], np.uint8) for name, mask in masks.items()}
+    save_file(packed, path, mask_metadata("unstructured", 0.5, SHAPES))
+    for name, mask in load_masks(path).items():
+        assert np.array_equal(mask.numpy(), masks[name])
+    layers = {name.removesuffix(".weight"): torch.nn.Linear(*shape[::-1]) for name, shape in SHAPES.items()}
+    model = torch.nn.Module()
+    model.named_modules = lambda: layers.items()
+    apply_masks(model, path, method="in_place")
+    for name, layer in layers.items():
+        assert np.array_equal(layer.weight.detach().numpy() != 0, masks[f"{name}.weight"])
+
+
 def test_path_may_be_a_string(path, masks):
     save(path, masks)
     assert np.array_equal(read_masks(str(path)).read(UP), masks[UP])
