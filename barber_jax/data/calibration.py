@@ -1,6 +1,7 @@
 """Loads calibration samples: token ids cut from text by the conventions of the pruning literature."""
 
 import random
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +124,10 @@ def load_ids(path: Path) -> np.ndarray:
     """
     check_fetched(path)
     try:
-        ids = np.load(path, mmap_mode="r", allow_pickle=False)
+        with warnings.catch_warnings():
+            # Of a damaged header: the error says it.
+            warnings.simplefilter("ignore")
+            ids = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as error:
         raise BarberError(f"{path}: no such file; give a .npy of token ids") from error
     except Exception as error:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from barber_jax.console.errors import BarberError
 from barber_jax.data import text
-from barber_jax.data.calibration import load_calibration
+from barber_jax.data.calibration import load_calibration, load_ids
 from barber_jax.data.windows import evaluation_ids
 
 VOCAB = 1000
@@ -466,3 +466,13 @@ def test_importing_calibration_stays_light():
     heavy = "{'torch', 'jax', 'datasets', 'transformers'}"
     code = f"import sys, barber_jax.data.calibration; print({heavy} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+def test_a_damaged_npy_header_is_refused_without_a_warning(tmp_path, recwarn):
+    """NumPy warns of an overflow where the header's sizes multiply to more than 64 bits."""
+    path = tmp_path / "ids.npy"
+    np.save(path, np.zeros((3, 16), np.int32))
+    path.write_bytes(path.read_bytes().replace(b"(3, 16), }" + 20 * b" ", b"(9223372036854775807, 16), }  "))
+    with pytest.raises(BarberError, match=r"cannot be read as \.npy"):
+        load_ids(path)
+    assert not recwarn.list
