@@ -10,7 +10,7 @@ from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.extras import needs
 from barber_jax.console.locks import output_lock
-from barber_jax.console.quiet import held_stderr
+from barber_jax.console.quiet import held_output
 from barber_jax.convert.tokenizer_files import save_tokenizer
 from barber_jax.masks.mask_file import read_masks
 
@@ -116,7 +116,7 @@ def _save(spec: str, model: "transformers.PreTrainedModel", out: Path) -> None:
     except Exception as error:  # safetensors raises its own type, not OSError, for disk errors
         raise BarberError(f"--out {out}: cannot save the model: {error}") from error
     try:
-        with held_stderr():
+        with held_output():
             save_tokenizer(transformers.AutoTokenizer.from_pretrained(spec, trust_remote_code=False), out)
     except BaseException as error:
         if not causes.is_foreign(error):

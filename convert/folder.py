@@ -12,7 +12,7 @@ from barber_jax.console import causes, documents
 from barber_jax.console.documents import read_json
 from barber_jax.console.errors import BarberError
 from barber_jax.console.files import check_fetched
-from barber_jax.console.quiet import held_stderr
+from barber_jax.console.quiet import held_output
 from barber_jax.convert.checkpoint import Checkpoint
 from barber_jax.convert.tensor_names import stored_names
 from barber_jax.convert.tied_head import settle_head
@@ -74,7 +74,7 @@ class ModelFolder(Checkpoint):
             for file in TOKENIZER_JSON:
                 if (self.folder / file).is_file():
                     documents.read(self.folder / file)
-            with held_stderr():
+            with held_output():
                 return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         except BaseException as error:
             # transformers raises many types for a missing or broken tokenizer; the message is the same for all of them.

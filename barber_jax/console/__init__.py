@@ -7,7 +7,7 @@ May import: nothing of this package.
 | `errors` | `BarberError`, printed as one line with exit status 2; shortening of messages |
 | `causes` | causes of other exceptions; the log file of an unexpected one |
 | `documents`, `structure` | the one reader of JSON, YAML and TOML; the structure that a document must have |
-| `quiet` | what libraries print to stderr by themselves |
+| `quiet` | what libraries print by themselves |
 | `command`, `options` | command-line parsing; groups of options |
 | `values` | values of options: from a settings file, and bounds for all |
 | `extras` | optional packages |

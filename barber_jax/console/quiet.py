@@ -1,39 +1,45 @@
-"""Keep what libraries write to stderr by themselves from standing beside an error's one line."""
+"""Keep what libraries write by themselves from standing beside an error's one line, or among results."""
 
 import contextlib
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def held_stderr() -> Iterator[None]:
-    """Context manager that holds back what is written to file descriptor 2, by native code too, until the end.
+def held_output() -> Iterator[None]:
+    """Context manager that holds back what is written to file descriptors 1 and 2, by native code too, until the end.
 
-    After an exception it is dropped: a panic of a library written in Rust is printed before Python can catch it.
+    It then goes to stderr: what a library says is no result. After an exception it is dropped: a panic of a library
+    written in Rust is printed before Python can catch it.
     """
-    try:
-        original, held = os.dup(2), tempfile.TemporaryFile()  # noqa: SIM115 - closed below
-    except OSError:
-        # No stderr, or no place for a temporary file: nothing can be held back.
-        yield
-        return
-    with held:
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        # What this program has printed before stays where it belongs.
+        sys.stdout.flush()
+    with contextlib.ExitStack() as stack:
         try:
-            os.dup2(held.fileno(), 2)
+            originals = {}
+            for descriptor in (1, 2):
+                originals[descriptor] = os.dup(descriptor)
+                stack.callback(os.close, originals[descriptor])
+            held = stack.enter_context(tempfile.TemporaryFile())
+        except OSError:
+            # No stream, or no place for a temporary file: nothing can be held back.
+            originals = {}
+        try:
+            for descriptor in originals:
+                os.dup2(held.fileno(), descriptor)
             yield
-        except BaseException:
-            os.dup2(original, 2)
-            raise
-        else:
-            os.dup2(original, 2)
+        finally:
+            for descriptor, original in originals.items():
+                os.dup2(original, descriptor)
+        if originals:
             held.seek(0)
             with contextlib.suppress(OSError):
                 while piece := held.read(2**16):
                     os.write(2, piece)
-        finally:
-            os.close(original)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import numpy as np
 
 from barber_jax.console import causes
 from barber_jax.console.errors import BarberError
-from barber_jax.console.quiet import held_stderr
+from barber_jax.console.quiet import held_output
 from barber_jax.data import hub
 from barber_jax.data.columns import short
 from barber_jax.data.local import FILE_TYPES, iterate_documents
@@ -136,7 +136,7 @@ def tokenizing(tokenizer: "PreTrainedTokenizerBase") -> Iterator[None]:
     A damaged tokenizer.json may be loaded without complaint, and panic at the first text.
     """
     try:
-        with held_stderr():
+        with held_output():
             yield
     except BaseException as error:
         if isinstance(error, BarberError) or not causes.is_foreign(error):
