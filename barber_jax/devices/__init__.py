@@ -8,6 +8,7 @@ May import: console, models.
 | `hosts`, `wire` | initialisation of a run over several processes; encoding of what they send each other |
 | `options` | command-line options for devices, processes, precision and memory |
 | `settings` | matmul precision, how weights are selected, and the compilation cache |
+| `compiled` | entries of the compilation cache: written whole, replaced when damaged |
 """
 
 from barber_jax.devices.mesh import Devices, is_primary

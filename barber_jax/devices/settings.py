@@ -13,6 +13,7 @@ import jax
 
 from barber_jax.console.errors import BarberError
 from barber_jax.console.files import expand
+from barber_jax.devices.compiled import keep_entries_whole
 from barber_jax.devices.options import MatmulPrecision, SelectionOption
 
 
@@ -87,6 +88,7 @@ def set_compilation_cache(place: str | None) -> None:
         if place:
             raise BarberError(f"--compilation-cache {place}: cannot be written; give another folder, or 'off'")
         return
+    keep_entries_whole()
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # By default JAX skips small and quickly compiled programs; a run has few programs and needs all of them.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

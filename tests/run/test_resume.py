@@ -50,7 +50,7 @@ def line(inputs, out, *options):
 
 
 def figures(out: Path):
-    """Everything in run.json that is not a time or a size of memory, and every file's bytes."""
+    """Everything in run.json that is not a time or a size of memory, and the bytes of every file right below `out`."""
     record = json.loads((out / "run.json").read_text())
     for block in record["blocks"]:
         del block["seconds"]
@@ -61,7 +61,7 @@ def figures(out: Path):
         del record["options"][told]
     # The report shows what run.json holds, times too.
     told = ("run.json", "report.html", "README.md")
-    files = {path.name: path.read_bytes() for path in out.iterdir() if path.name not in told}
+    files = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file() and path.name not in told}
     card = (out / "README.md").read_text()
     for place in ("# {}\n", '"{}"', '"{}/', "--out {}\n"):
         assert place.format(out.name) in card
