@@ -146,7 +146,7 @@ def test_ended_by_a_signal_at_a_random_moment(kind, number, status, seed, runs, 
     out = tmp_path / "out"
     ended, said = runs.cut_off(kind, out, number, random.Random(f"{kind} {number} {seed}"))
     left = {path.name for path in tmp_path.iterdir()}
-    assert "Traceback" not in said
+    assert "Traceback" not in said, said
     if out.exists():
         # The signal came after the last block's work, or too late.
         assert ended in (0, status) and left == {"out"}, said
