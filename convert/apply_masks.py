@@ -76,9 +76,8 @@ def _load_model(spec: str) -> "transformers.PreTrainedModel":
     import transformers
 
     try:
-        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-            spec, dtype="auto", trust_remote_code=False, output_loading_info=True
-        )
+        settings = {"dtype": "auto", "output_loading_info": True}
+        model, loading = transformers.AutoModelForCausalLM.from_pretrained(spec, trust_remote_code=False, **settings)
     except BaseException as error:  # transformers passes on exceptions of its file readers, of many types
         if not causes.is_foreign(error):
             raise

@@ -1,6 +1,7 @@
 """Reads Hugging Face checkpoint folders with safetensors files."""
 
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -18,7 +19,7 @@ class HFFolder(ShardedFolder):
 
     weights = WEIGHTS
     index = INDEX
-    dtypes = {"F32": FLOATS["float32"], "F16": FLOATS["float16"], "BF16": FLOATS["bfloat16"]}  # noqa: RUF012
+    dtypes: ClassVar = {"F32": FLOATS["float32"], "F16": FLOATS["float16"], "BF16": FLOATS["bfloat16"]}
 
     def _open(self, file: str) -> dict[str, tuple[tuple[int, ...], str]]:
         path = self.folder / file

@@ -3,6 +3,7 @@
 import pickle
 import re
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -25,7 +26,7 @@ class TorchBinFolder(ShardedFolder):
 
     weights = WEIGHTS
     index = INDEX
-    dtypes = {f"torch.{name}": dtype for name, dtype in FLOATS.items()}  # noqa: RUF012
+    dtypes: ClassVar = {f"torch.{name}": dtype for name, dtype in FLOATS.items()}
 
     def __init__(self, folder: Path, location: str | None = None):
         """Open `folder`.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from barber_jax.console.command import parse
 from barber_jax.console.errors import exit_with_one_line
 from barber_jax.console.files import writing
+from barber_jax.devices.options import MatmulPrecision
 from barber_jax.devices.settings import prepare_jax
 from barber_jax.eval.synthetic import Shape
 from barber_jax.masks import selection
@@ -39,8 +40,8 @@ LENGTHS = {"llama-7b": (2048, 8192, 512, 4096, 1024), "llama-3-8b": (2048, 8192,
 """Shape -> tokens in a sample at which attention is timed, the ones of most interest first."""
 TOKENS = {"llama-7b": 16384, "llama-3-8b": 16384, "small": 1024}
 """Shape -> tokens of all samples together."""
-PRECISIONS = ("highest", "high", "default")
-"""Of float32 matrix products, as JAX calls them: float32, three passes of bfloat16 or TF32, one of them."""
+PRECISIONS = get_args(MatmulPrecision)
+"""Of float32 matrix products, the full one first."""
 REPEATS = 5
 
 

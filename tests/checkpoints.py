@@ -18,6 +18,14 @@ from barber_jax.models import build_model
 
 COMMON = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
 BASE = dict(**COMMON, intermediate_size=48, num_key_value_heads=2)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+"""Rotary settings of Llama 3."""
 """LLaMA's and its relatives' sizes."""
 
 FAMILIES = {

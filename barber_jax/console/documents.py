@@ -82,13 +82,19 @@ def read(path: Path, kind: str = "json") -> Any:
     except UnicodeDecodeError as error:
         raise DocumentError(f"not UTF-8 at byte {error.start}") from None
     parsed = parse(text, kind)
-    if kind == "json" and SURROGATE.search(text):
-        try:
-            json.dumps(parsed, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError:
-            # It could not be written again, into a report for example.
-            raise DocumentError("a text with half of a surrogate pair") from None
+    if kind == "json" and SURROGATE.search(text) and not is_unicode(json.dumps(parsed, ensure_ascii=False)):
+        # It could not be written again, into a report for example.
+        raise DocumentError("a text with half of a surrogate pair")
     return parsed
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: it holds no half of a surrogate pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_json(path: Path, absent: str, remedy: str = "fetch it again") -> dict:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from barber_jax.console.documents import is_unicode
 from barber_jax.console.errors import BarberError
 from barber_jax.console.options import flag
 
@@ -29,18 +30,10 @@ def check_values(options: Mapping[str, Any]) -> None:
                 shown = str(value)
                 # A relative path is as bad as the folder it is relative to.
                 full = os.path.abspath(os.path.expanduser(value)) if isinstance(value, Path) else shown
-                if not _is_utf8(shown) or not _is_utf8(full):
+                if not is_unicode(shown) or not is_unicode(full):
                     raise BarberError(f"{flag(option)} {full!r} is not UTF-8; rename it, or choose another name")
                 if "\0" in shown:
                     raise BarberError(f"{flag(option)} {shown!r} holds a null character; leave it out")
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def typed(options: Mapping[str, Any], config: type) -> dict[str, Any]:

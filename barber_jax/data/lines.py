@@ -104,14 +104,6 @@ def _text_of(where: str, record, field: str) -> str | None:
     value = record[field]
     if value is not None and not isinstance(value, str):
         raise BarberError(f"{where}: field {field!r} is not text; name another with --text-field")
-    if value and not _is_unicode(value):
+    if value and not documents.is_unicode(value):
         raise BarberError(f"{where}: field {field!r} holds half of a surrogate pair; fix or remove the line")
     return value
-
-
-def _is_unicode(value: str) -> bool:
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True

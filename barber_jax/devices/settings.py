@@ -33,13 +33,13 @@ def prepare_jax(compilation_cache: str | None = None, precision: MatmulPrecision
 
 
 GPU_FLAGS = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_enable_triton_gemm=false")
-"""Flags of XLA. By default it times several kernels for every matrix product and takes the fastest, so that two runs
-may round differently, and compiling takes minutes; with cuBLAS alone there is nothing to choose."""
+"""Flags of XLA. By default it times several kernels for every matrix product and takes the fastest: compiling takes
+long, and two runs may choose, and so round, differently. With cuBLAS alone there is nothing to choose."""
 
 
 def set_gpu_determinism() -> None:
-    """Where JAX can use a GPU, make programs give the same to the bit in every run. A flag that XLA_FLAGS already holds
-    stays as it is. Without effect once JAX has used a device."""
+    """Where JAX can use a GPU, ask XLA for programs that give the same in every run. A flag that XLA_FLAGS already
+    holds stays as it is. Without effect once JAX has used a device."""
     plugins = importlib.metadata.entry_points(group="jax_plugins").names
     if any("cuda" in name or "rocm" in name for name in plugins):
         given = os.environ.get("XLA_FLAGS", "")

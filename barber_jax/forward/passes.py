@@ -75,7 +75,10 @@ def statistics(
 
     def measure(hidden: jax.Array) -> dict[str, jax.Array]:
         measured = {}
-        tap = lambda name, value: measured.__setitem__(name, constrain(statistic(value)))  # noqa: E731
+
+        def tap(name: str, value: jax.Array) -> None:
+            measured[name] = constrain(statistic(value))
+
         definition.run(parameters, constrain(hidden, DATA), tap)
         return measured
 

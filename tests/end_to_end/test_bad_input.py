@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import test_gguf
-from checkpoints import write_model
+from checkpoints import LLAMA3, write_model
 from cli import command
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -35,13 +35,6 @@ from barber_jax.eval import demo, perplexity
 
 UP = "model.layers.1.mlp.up_proj.weight"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 # The way through the program that compiles least.
 QUICK = ["--method", "magnitude", "--no-rebuild"]
 

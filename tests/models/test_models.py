@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoints import IDS, assert_same_logits, logits, our_logits, write_model, write_reference
+from checkpoints import IDS, LLAMA3, assert_same_logits, logits, our_logits, write_model, write_reference
 from flax import nnx
 
 from barber_jax.console.errors import BarberError
@@ -16,13 +16,6 @@ from barber_jax.models import build_model
 from barber_jax.models.decoder import nested
 from barber_jax.models.rope import Rope
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 LAYOUTS = {
     "mha": {"num_key_value_heads": 4},
     "gqa": {},
