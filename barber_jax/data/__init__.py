@@ -1,4 +1,4 @@
-"""Data: calibration samples and evaluation windows from text files and Hub datasets.
+"""Data: calibration samples, evaluation windows and text to train on, from text files and Hub datasets.
 
 May import: console.
 
@@ -8,11 +8,13 @@ May import: console.
 | `local` | documents of local files and folders, one after another |
 | `lines`, `columns` | .txt and JSON; .parquet, .arrow and saved datasets |
 | `sampling` | token ids of local text in bounded memory |
+| `streams` | token ids of text of any size, to hold out and to train on |
+| `packing` | text to train on: packed windows, and batches of them in a random order |
 | `calibration` | calibration samples |
 | `windows` | evaluation windows |
 | `hub` | check that the Hub can be reached |
 
-JAX is not imported here.
+JAX is not imported here, but by grain once `packing.batches` is called.
 """
 
 from barber_jax.data.calibration import load_calibration

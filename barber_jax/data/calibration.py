@@ -17,11 +17,10 @@ from barber_jax.data import sampling, text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What joins the documents of a Hub dataset into one text. C4 has none: each of its windows is within one document.
-_SEPARATORS = {"wikitext2": "\n\n", "ptb": " "}
 # Consecutive draws of a too short document before giving up. About one C4 document in forty is longer than 2048 tokens,
 # one in a thousand longer than 8192.
 _MAX_MISSES = 20_000
+_CHECKED_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +112,7 @@ def check_source(source: str) -> None:
     if source.lower().endswith(".npy"):
         load_ids(expand(source))
     elif source not in text.HUB_DATASETS:
-        _existing_file(source)
+        existing_file(source)
 
 
 def load_ids(path: Path) -> np.ndarray:
@@ -161,9 +160,9 @@ def _hub_windows(
     name: str, tokenizer: Callable[[], "PreTrainedTokenizerBase"], samples: int, length: int, rng: random.Random
 ) -> np.ndarray:
     documents = text.hub_documents(name, "train")
-    if name not in _SEPARATORS:
+    if name not in text.SEPARATORS:
         return _document_windows(name, documents, tokenizer(), samples, length, rng)
-    ids = text.tokenize(tokenizer(), _SEPARATORS[name].join(documents))
+    ids = text.tokenize(tokenizer(), text.SEPARATORS[name].join(documents))
     if len(ids) <= length:
         raise BarberError(f"{name}: {len(ids)} tokens, but a window of {length} needs more than that; lower --length")
     return np.stack([_random_window(ids, length, rng) for _ in range(samples)])
@@ -206,7 +205,8 @@ def _random_window(ids: np.ndarray, length: int, rng: random.Random) -> np.ndarr
     return ids[start : start + length]
 
 
-def _existing_file(source: str) -> Path:
+def existing_file(source: str) -> Path:
+    """The path of a source that is no dataset; `BarberError` if nothing is there."""
     path = expand(source)
     if not path.exists():
         known = ", ".join(text.HUB_DATASETS)
@@ -225,12 +225,11 @@ def _file_windows(
     seed: int,
 ) -> tuple[np.ndarray, int]:
     """Windows of a local file, and its number of null rows."""
-    path = _existing_file(source)
-    documents, nulls = sampling.read_small(path, text_field)
-    if documents is None:
+    path = existing_file(source)
+    ids, nulls = sampling.small_ids(path, text_field, tokenizer)
+    small = ids is not None
+    if not small:
         ids, nulls = sampling.sample_ids(path, text_field, tokenizer(), samples * length, length, seed)
-    else:
-        ids = text.tokenize(tokenizer(), "\n\n".join(documents))
     count = len(ids) // length
     if count < samples:
         raise BarberError(
@@ -239,16 +238,22 @@ def _file_windows(
             "lower --samples or length, or give more text"
         )
     # A small text's windows are drawn without replacement; those of a large one are in random order already.
-    chosen = range(samples) if documents is None else random.Random(seed).sample(range(count), samples)
+    chosen = random.Random(seed).sample(range(count), samples) if small else range(samples)
     return ids[: count * length].reshape(count, length)[chosen], nulls
 
 
 def check_ids(source: str, ids: np.ndarray, vocab_size: int) -> None:
-    """Raise BarberError unless all ids are in [0, vocab_size); the message names the first that is not."""
-    outside = np.argwhere((ids < 0) | (ids >= vocab_size))
-    if len(outside):
-        place = tuple(outside[0].tolist())
-        raise BarberError(
-            f"{source}: id {ids[place]} at {list(place)} is outside the model's vocabulary [0, {vocab_size}); "
-            "tokenize with this model's own tokenizer"
-        )
+    """Raise BarberError unless all ids are in [0, vocab_size); the message names the first that is not.
+
+    Memory-mapped ids are read a part at a time.
+    """
+    rows = max(1, _CHECKED_AT_ONCE // max(1, ids[:1].size))
+    for start in range(0, len(ids), rows):
+        part = ids[start : start + rows]
+        outside = np.argwhere((part < 0) | (part >= vocab_size))
+        if len(outside):
+            first, *others = outside[0].tolist()
+            raise BarberError(
+                f"{source}: id {part[first, *others]} at {[start + first, *others]} is outside the model's vocabulary "
+                f"[0, {vocab_size}); tokenize with this model's own tokenizer"
+            )

@@ -1,13 +1,13 @@
 """Token ids of local text in bounded memory.
 
 A tokenizer takes about 150 bytes for every character of a text, so only a text of up to `SMALL` characters is tokenized
-as a whole. Of a larger one, calibration tokenizes documents chosen by the seed, and evaluation one stretch after
-another.
+as a whole. Of a larger one, calibration and recovery tokenize documents chosen by the seed (recovery: `streams`), and
+evaluation one stretch after another.
 """
 
 import hashlib
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,11 +24,11 @@ SMALL = 4_000_000
 """Characters of a text that is tokenized as a whole; for calibration, without exact duplicates of documents."""
 STRETCH = 500_000
 """Characters that are tokenized at once, of a larger text."""
-_CHARACTERS_PER_TOKEN = 16
+CHARACTERS_PER_TOKEN = 16
 """More than most texts have. Where it is too little, more of the text is held and the file is read once more."""
+JOINT = "\n\n"
+"""What stands between two documents of local text."""
 _LONGEST_PIECE = 1 << 16
-
-_JOINT = "\n\n"
 
 
 def read_small(path: Path, text_field: str) -> tuple[dict[str, None] | None, int]:
@@ -56,6 +56,27 @@ def read_small(path: Path, text_field: str) -> tuple[dict[str, None] | None, int
     return documents, nulls
 
 
+def small_ids(
+    path: Path, text_field: str, tokenizer: Callable[[], "PreTrainedTokenizerBase"]
+) -> tuple[np.ndarray | None, int]:
+    """Tokenize the distinct documents of a local file or folder as a whole, joined by blank lines.
+
+    Returns:
+        int32 [tokens] ids, None if there are more than `SMALL` characters; and the number of null rows among those
+        read.
+
+    Raises:
+        BarberError: the file cannot be read, or holds no documents.
+    """
+    documents, nulls = read_small(path, text_field)
+    return None if documents is None else text.tokenize(tokenizer(), JOINT.join(documents)), nulls
+
+
+def longest_piece(length: int) -> int:
+    """Characters above which a document of a large text is cut, where samples have `length` tokens."""
+    return max(_LONGEST_PIECE, CHARACTERS_PER_TOKEN * length)
+
+
 def sample_ids(
     path: Path, text_field: str, tokenizer: "PreTrainedTokenizerBase", needed: int, length: int, seed: int
 ) -> tuple[np.ndarray, int]:
@@ -77,54 +98,60 @@ def sample_ids(
     Raises:
         BarberError: the file cannot be read.
     """
-    longest = max(_LONGEST_PIECE, _CHARACTERS_PER_TOKEN * length)
-    budget = max(SMALL, _CHARACTERS_PER_TOKEN * needed)
+    longest = longest_piece(length)
+    budget = max(SMALL, CHARACTERS_PER_TOKEN * needed)
     while True:
-        chosen = _Chosen(budget, seed)
+        chosen, order = Chosen(budget), Order(seed)
         nulls = 0
         for document in iterate_documents(path, text_field, longest):
             if document is None:
                 nulls += 1
-            else:
-                chosen.offer(document)
-        joined = chain.from_iterable((document, _JOINT) for document in chosen.in_order())
+            elif document.strip():
+                chosen.offer(document, order.place(document))
+        joined = chain.from_iterable((document, JOINT) for document in chosen.in_order())
         ids = stretch_ids(tokenizer, joined, needed)
         if len(ids) == needed or chosen.complete:
             return ids, nulls
         budget *= 4
 
 
-class _Chosen:
-    """The first documents, in the order of a keyed hash, that have `budget` characters together.
+class Order:
+    """The random order of documents that a seed gives: that of a keyed hash."""
+
+    def __init__(self, seed: int):
+        self._key = hashlib.blake2b(str(seed).encode(), digest_size=32).digest()
+
+    def place(self, document: str) -> int:
+        """A number of 128 bits by which documents are ordered; the same for exact duplicates alone."""
+        return int.from_bytes(hashlib.blake2b(document.encode(), digest_size=16, key=self._key).digest())
+
+
+class Chosen:
+    """The first documents, by their places in an order, that have `budget` characters together.
 
     Attributes:
         complete: whether these are all documents that were offered.
     """
 
-    def __init__(self, budget: int, seed: int):
+    def __init__(self, budget: int):
         self.complete = True
         self._budget, self._size = budget, 0
-        self._key = hashlib.blake2b(str(seed).encode(), digest_size=32).digest()
         # A heap with the last document in front.
         self._heap: list[tuple[int, str]] = []
-        self._hashes: set[int] = set()
+        self._places: set[int] = set()
 
-    def offer(self, document: str) -> None:
-        if not document.strip():
+    def offer(self, document: str, place: int) -> None:
+        if place in self._places:
             return
-        digest = hashlib.blake2b(document.encode(), digest_size=16, key=self._key).digest()
-        hashed = int.from_bytes(digest)
-        if hashed in self._hashes:
-            return
-        if self._size >= self._budget and hashed > -self._heap[0][0]:
+        if self._size >= self._budget and place > -self._heap[0][0]:
             self.complete = False
             return
-        heapq.heappush(self._heap, (-hashed, document))
-        self._hashes.add(hashed)
+        heapq.heappush(self._heap, (-place, document))
+        self._places.add(place)
         self._size += len(document)
         while self._size - len(self._heap[0][1]) >= self._budget:
             dropped, last = heapq.heappop(self._heap)
-            self._hashes.remove(-dropped)
+            self._places.remove(-dropped)
             self._size -= len(last)
             self.complete = False
 
@@ -158,7 +185,7 @@ def whole_ids(
                 nulls += 1
                 continue
             if read:
-                yield _JOINT
+                yield JOINT
             read += 1
             yield from [document] if isinstance(document, str) else document
 
@@ -180,9 +207,15 @@ def stretch_ids(tokenizer: "PreTrainedTokenizerBase", blocks: Iterable[str], nee
         int32 ids [tokens], the first `needed` if that is given.
     """
     ids, count = [np.zeros(0, np.int32)], 0
-    for stretch in pieces(blocks, STRETCH):
-        ids.append(text.tokenize(tokenizer, stretch))
-        count += len(ids[-1])
+    for stretch in stretches(tokenizer, blocks):
+        ids.append(stretch)
+        count += len(stretch)
         if needed is not None and count >= needed:
             break
     return np.concatenate(ids)[:needed]
+
+
+def stretches(tokenizer: "PreTrainedTokenizerBase", blocks: Iterable[str]) -> Iterator[np.ndarray]:
+    """`stretch_ids`, one stretch after another."""
+    for stretch in pieces(blocks, STRETCH):
+        yield text.tokenize(tokenizer, stretch)

@@ -65,6 +65,9 @@ HUB_DATASETS = {
     ),
 }
 
+SEPARATORS = {"wikitext2": "\n\n", "ptb": " "}
+"""What joins the documents of a dataset into one text. The documents of C4 have nothing to do with each other."""
+
 
 def read_documents(path: Path, text_field: str = "text") -> list[str]:
     """Read all documents of a local file or folder in order, including duplicates and empty ones.

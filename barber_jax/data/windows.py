@@ -58,7 +58,7 @@ def evaluation_ids(
         documents = text.hub_documents("c4", "validation")
         whole = " ".join(documents[i] for i in range(min(C4_DOCUMENTS, len(documents))))
     else:
-        whole = {"wikitext2": "\n\n", "ptb": " "}[dataset].join(text.hub_documents(dataset, "test"))
+        whole = text.SEPARATORS[dataset].join(text.hub_documents(dataset, "test"))
     return text.tokenize(tokenizer(), whole)
 
 

@@ -72,7 +72,7 @@ def test_every_document_is_as_likely(tmp_path):
 def test_all_of_a_large_text_can_be_asked_for(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", short_documents())
     # Even where it has more characters for each token than are held at first.
-    monkeypatch.setattr(sampling, "_CHARACTERS_PER_TOKEN", 1)
+    monkeypatch.setattr(sampling, "CHARACTERS_PER_TOKEN", 1)
     assert sorted(calibrate(path, samples=99, length=10).ravel()) == list(range(1, 991))
     refused(path, "990 tokens, but 100 samples of 10 need 1000", samples=100, length=10)
 
