@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -239,6 +241,15 @@ def test_a_restored_position_goes_on_with_the_same_batches(tmp_path, step):
     take(restored, 3)
     restored.set_state(json.loads(state))
     np.testing.assert_array_equal(take(restored, 20), take(wanted, 20))
+
+
+def test_grain_is_imported_where_it_is_used_and_says_nothing():
+    code = (
+        "import sys; import barber_jax.data.packing; assert not {'grain', 'jax'} & set(sys.modules); "
+        "sys.modules['torch'] = sys.modules['tensorflow'] = None; import grain"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 # Refusals
