@@ -14,8 +14,10 @@ _PUBLIC = {
     "BarberError": "barber_jax.console",
     "PruneConfig": "barber_jax.config",
     "build_model": "barber_jax.models",
+    "keep_pruned": "barber_jax.masks.keep_pruned",
     "open_checkpoint": "barber_jax.convert.checkpoint",
     "read_masks": "barber_jax.masks",
+    "zero_pruned": "barber_jax.masks.keep_pruned",
 }
 __all__ = [*_PUBLIC, "__version__"]
 

@@ -8,6 +8,7 @@ May import: console.
 | `selection` | exact selection of the weights that a score prunes, and LLM-Barber's swaps, on the devices |
 | `top_k`, `keys` | the same with `jax.lax.top_k`; scores as integers |
 | `selector` | which of the two selects in a matrix |
+| `keep_pruned` | training with pruned weights held at zero, for optax |
 | `mask_file` | masks.safetensors, our own format |
 
 Only `pattern` and `mask_file` do without JAX. The rest is not imported here, so that PyTorch users can read mask files
