@@ -17,7 +17,7 @@ class Progress:
     """Progress of a command that has one or several phases. A context manager.
 
     Args:
-        verbose: print a line for every sub-block.
+        verbose: print a line for every sub-block, or training step.
         plain_every: seconds between lines where stderr is not a terminal.
         silent: print nothing, for the processes of a multi-host run other than the primary one.
     """
@@ -71,6 +71,19 @@ class Progress:
         finally:
             self.bar.remove_task(phase.task)
 
+    @contextmanager
+    def steps(self, name: str, total: int, start: int = 0) -> Iterator["Steps"]:
+        """Context manager for a training loop of `total` steps, with its own bar.
+
+        Args:
+            start: steps that an earlier process has done, where a run is resumed.
+        """
+        steps = Steps(self, name, total, start)
+        try:
+            yield steps
+        finally:
+            self.bar.remove_task(steps.task)
+
 
 class Phase:
     """One phase of a command; created by `Progress.phase`."""
@@ -105,6 +118,47 @@ class Phase:
                 self._progress.say(line)
             seconds = ", ".join(f"{stage} {spent:.2f} s" for stage, spent in record["seconds"].items())
             self._progress.say(f"block {record['block']} {seconds}")
+
+
+class Steps:
+    """The steps of a training loop; created by `Progress.steps`."""
+
+    def __init__(self, progress: Progress, name: str, total: int, start: int):
+        self._progress, self._name, self._total, self._first = progress, name, total, start
+        self._held_out: float | None = None
+        self.task = progress.bar.add_task(name, total=total, completed=start, note="")
+        self._start = self._last_line = time.monotonic()
+
+    def step(
+        self,
+        number: int,
+        loss: float | None = None,
+        held_out: float | None = None,
+        tokens_per_second: float | None = None,
+    ) -> None:
+        """Show that steps 1 to `number` are done, and what was measured.
+
+        Args:
+            loss: of this step, or a mean over the last ones.
+            held_out: loss on the held-out text; shown until there is a newer one.
+            tokens_per_second: trained tokens per second.
+        """
+        self._held_out = self._held_out if held_out is None else held_out
+        parts = [
+            *([f"loss {loss:.4g}"] if loss is not None else []),
+            *([f"held-out {self._held_out:.4g}"] if self._held_out is not None else []),
+            *([f"{tokens_per_second:.0f} tokens/s"] if tokens_per_second is not None else []),
+        ]
+        self._progress.bar.update(self.task, completed=number, note=", ".join(parts))
+        now = time.monotonic()
+        often = self._progress.verbose or now - self._last_line > self._progress.plain_every
+        if self._progress.live or not often:
+            return
+        self._last_line = now
+        done = number - self._first
+        if done > 0:
+            parts.append(f"about {(now - self._start) / done * (self._total - number):.0f} s left")
+        self._progress.say(", ".join([f"{self._name}: step {number} of {self._total}", *parts]))
 
 
 @dataclass

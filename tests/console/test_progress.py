@@ -1,5 +1,6 @@
 """Progress where stderr is no terminal: few plain lines, one for each phase that is announced."""
 
+import io
 import subprocess
 import sys
 
@@ -40,6 +41,47 @@ def test_verbose_says_every_sub_block(capsys):
         phase.block_pruned(record(0))
     said = capsys.readouterr().err
     assert "block 0 mlp: sparsity 0.5000, loss 2 -> 1, 3 swaps" in said and "block 0 start 0.25 s" in said
+
+
+def test_steps_say_losses_rate_and_time_left(capsys, monkeypatch):
+    clock = iter(range(0, 1000, 7))
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    with Progress(plain_every=20) as progress, progress.steps("recovering", 1000, start=100) as steps:
+        for number in range(101, 107):
+            held_out = 0.58 if number == 102 else None
+            steps.step(number, loss=number / 100, held_out=held_out, tokens_per_second=1234.4)
+    # 7 seconds a step: a line for every third. The steps of an earlier process took this one no time.
+    assert capsys.readouterr().err.splitlines() == [
+        "recovering: step 103 of 1000, loss 1.03, held-out 0.58, 1234 tokens/s, about 6279 s left",
+        "recovering: step 106 of 1000, loss 1.06, held-out 0.58, 1234 tokens/s, about 6258 s left",
+    ]
+
+
+def test_verbose_says_every_step_with_what_is_known(capsys, monkeypatch):
+    monkeypatch.setattr(module.time, "monotonic", lambda: 0.0)
+    with Progress(verbose=True) as progress, progress.steps("recovering", 2) as steps:
+        steps.step(0, held_out=0.75)
+        steps.step(1, loss=float("nan"))
+    assert capsys.readouterr().err.splitlines() == [
+        "recovering: step 0 of 2, held-out 0.75",
+        "recovering: step 1 of 2, loss nan, held-out 0.75, about 0 s left",
+    ]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_bar_of_a_resumed_loop_starts_where_it_was(monkeypatch):
+    monkeypatch.setattr(module.sys, "stderr", terminal := Terminal())
+    with Progress() as progress, progress.steps("recovering", 1000, start=100) as steps:
+        (task,) = progress.bar.tasks
+        assert task.completed == 100
+        steps.step(101, loss=0.5)
+        assert (task.completed, task.fields["note"]) == (101, "loss 0.5")
+    assert not progress.bar.tasks
+    assert "step 101 of" not in terminal.getvalue()
 
 
 def test_a_stopwatch_adds_up(monkeypatch):
