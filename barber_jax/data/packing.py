@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import random
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -235,7 +236,8 @@ def _gather(stream: Stream, length: int, cache: Path | None) -> np.ndarray:
 
 def _write_windows(path: Path, parts: Iterator[np.ndarray], length: int) -> None:
     """Write windows to a .npy as they come; the file is there when all are written."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    # Processes on several machines may write it at the same time, and have the same number.
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with open(unfinished, "wb") as handle:
             count, rest = 0, np.zeros(0, np.int32)
