@@ -5,6 +5,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,12 @@ from barber_jax.convert.parameters import check_tensors
 from barber_jax.criteria import CRITERIA, allocation
 from barber_jax.criteria.starting import CriterionStart, MaskFileStart, SparseCheckpointStart, Start
 from barber_jax.data.calibration import check_source, load_calibration
-from barber_jax.data.windows import cut_windows, default_windows, evaluation_ids
 from barber_jax.devices.hosts import join
 from barber_jax.devices.mesh import Devices, is_primary, require_agreement
 from barber_jax.devices.options import parse_mesh
 from barber_jax.devices.settings import choose_selection, prepare_jax
 from barber_jax.forward import passes
-from barber_jax.forward.perplexity import perplexity
+from barber_jax.forward.evaluation import evaluation_windows, measure_perplexity
 from barber_jax.masks.mask_file import read_masks
 from barber_jax.masks.selection import Selection
 from barber_jax.models import build_model
@@ -97,9 +97,10 @@ def _prune(config: PruneConfig) -> dict:
         run = prepare(config, progress)
         writer, state = open_output(run, stack, progress) if is_primary() else (None, None)
         progress.say(headline(run.config.as_dict(), run.checkpoint, run.model, run.devices))
-        dense = measure_perplexity(run, run.checkpoint, progress, "dense model") if writer else None
+        measure = partial(measure_perplexity, run.config, run.model, run.windows, progress)
+        dense = measure(run.checkpoint, "dense model", run.config.batch) if writer else None
         blocks = prune_blocks(run, writer, state, progress)
-        pruned = measure_perplexity(run, HFFolder(writer.folder), progress, "pruned model") if writer else None
+        pruned = measure(HFFolder(writer.folder), "pruned model", run.config.batch) if writer else None
         options = run.config.as_dict() | {"sparsity": run.sparsity, "selection": run.selection}
         measured = {"dense_perplexity": dense, "perplexity": pruned}
         allocated = run.start.sparsities if run.config.allocate == "owl" else None
@@ -233,41 +234,6 @@ def calibration_ids(
         text_field=config.text_field,
         say=say,
     )
-
-
-def evaluation_windows(
-    config: PruneConfig, checkpoint: Checkpoint, model: Model, say: Callable[[str], None]
-) -> np.ndarray | None:
-    """Read the evaluation text as windows of token ids, int32 [windows, length]; None if none is given.
-
-    This happens before pruning, so that a text that cannot be read is reported at once. `say` prints a line.
-    """
-    if not (config.eval_text or config.eval_dataset):
-        return None
-    source = {"path": config.eval_text, "dataset": config.eval_dataset, "text_field": config.text_field}
-    needed = config.eval_windows and config.eval_windows * config.length
-    ids = evaluation_ids(checkpoint.tokenizer, **source, needed=needed, say=say)
-    name = str(config.eval_text or config.eval_dataset)
-    return cut_windows(
-        ids, config.length, config.eval_windows or default_windows(config.eval_dataset), name, model.vocabulary
-    )
-
-
-def measure_perplexity(run: Prepared, checkpoint: Checkpoint, progress: Progress, name: str) -> dict | None:
-    """Measure the perplexity of a checkpoint on the run's evaluation text.
-
-    Args:
-        checkpoint: the dense model, or the pruned one.
-        name: of the checkpoint, for the progress line.
-
-    Returns:
-        `source`, the name of the evaluation text, and what `perplexity` returns; None where there is none.
-    """
-    if run.windows is None:
-        return None
-    with progress.phase(f"perplexity of the {name}", run.model.layers, announce=True) as phase:
-        measured = perplexity(checkpoint, run.model, run.windows, run.config.batch, phase=phase)
-    return {"source": str(run.config.eval_text or run.config.eval_dataset), **measured}
 
 
 def write_blocks(pruning: Pruning, writer: FolderWriter | None, phase) -> list[dict]:

@@ -30,6 +30,7 @@ from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.files import writing
 from barber_jax.console.options import OptionGroup, flag
 from barber_jax.convert.checkpoint import open_checkpoint
+from barber_jax.devices.peak import matmul_rates
 from barber_jax.devices.settings import prepare_jax
 from barber_jax.eval import operations
 from barber_jax.forward import passes
@@ -38,7 +39,6 @@ from barber_jax.models.family import Model
 from barber_jax.prune import prune
 from barber_jax.stages import held_out_samples
 
-MATMUL_REPEATS = 7
 COMPILATION_EVENTS = {
     "trace": "/jax/core/compile/jaxpr_trace_duration",
     "lower": "/jax/core/compile/jaxpr_to_mlir_module_duration",
@@ -121,31 +121,6 @@ class CompilationWatch:
     def figures(self) -> dict:
         """Programs, cache hits and misses, and seconds of each phase so far."""
         return {"programs": self.programs, "cache": dict(self.cache), "seconds": dict(self.seconds)}
-
-
-def matmul_rates(model: Model, tokens: int, dtype: jnp.dtype) -> dict[str, float]:
-    """Measure the rate of X W for every distinct shape of the model's kernels, best of `MATMUL_REPEATS`.
-
-    Args:
-        tokens: rows of X, [tokens, in]; W is [in, out].
-        dtype: of X and W.
-
-    Returns:
-        "TOKENSxINxOUT" -> operations per second.
-    """
-    matmul = jax.jit(jnp.matmul)
-    rates = {}
-    shapes = dict(model.block().shapes)
-    for shape in sorted({shapes[path] for sub in model.sub_blocks for path in sub.kernels}):
-        x, weight = jnp.ones((tokens, shape[0]), dtype), jnp.ones(shape, dtype)
-        jax.block_until_ready(matmul(x, weight))
-        best = float("inf")
-        for _ in range(MATMUL_REPEATS):
-            start = time.perf_counter()
-            jax.block_until_ready(matmul(x, weight))
-            best = min(best, time.perf_counter() - start)
-        rates[f"{tokens}x{shape[0]}x{shape[1]}"] = 2 * tokens * shape[0] * shape[1] / best
-    return rates
 
 
 def micro_batch_tokens(config: PruneConfig) -> int:

@@ -39,7 +39,7 @@ class Windows(Sequence):
     """
 
     def __init__(self, ids: np.ndarray, length: int, chosen: np.ndarray | None = None):
-        self._ids, self._length, self._per_row = ids, length, ids.shape[1] // length
+        self.ids, self._length, self._per_row = ids, length, ids.shape[1] // length
         self._chosen = np.arange(ids.shape[0] * self._per_row) if chosen is None else chosen
 
     def __len__(self) -> int:
@@ -47,12 +47,12 @@ class Windows(Sequence):
 
     def __getitem__(self, index: int) -> np.ndarray:
         row, window = divmod(int(self._chosen[index]), self._per_row)
-        return np.array(self._ids[row, window * self._length : (window + 1) * self._length], np.int32)
+        return np.array(self.ids[row, window * self._length : (window + 1) * self._length], np.int32)
 
     def split(self, held_out: int, seed: int) -> tuple["Windows", np.ndarray]:
         """Hold out some windows, drawn by the seed: the other ones, in order; and int32 [held_out, L]."""
         held = sorted(random.Random(seed).sample(range(len(self)), held_out))
-        rest = Windows(self._ids, self._length, np.delete(self._chosen, held))
+        rest = Windows(self.ids, self._length, np.delete(self._chosen, held))
         return rest, np.array([self[index] for index in held], np.int32).reshape(held_out, self._length)
 
 

@@ -86,6 +86,16 @@ class Devices:
             return jnp.asarray(value)
         return jax.make_array_from_callback(value.shape, NamedSharding(self._mesh, P(*axes)), lambda at: value[at])
 
+    def put_share(self, share: np.ndarray, *axes: Any) -> jax.Array:
+        """Copy to the devices an array of which each process has an equal share, along the axes that are sharded.
+
+        Args:
+            axes: as for `put`; a tuple of mesh axes counts as one.
+        """
+        if self._mesh is None:
+            return jnp.asarray(share)
+        return jax.make_array_from_process_local_data(NamedSharding(self._mesh, P(*axes)), share)
+
     def put_block(self, sub_blocks: Sequence[SubBlock], tensors: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """Copy parameters of a decoder block (path -> array) to the devices, sharded."""
         axes = parameter_axes(sub_blocks)

@@ -30,21 +30,15 @@ def parse_mesh(text: str | None) -> tuple[int, int] | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeviceOptions(OptionGroup):
-    """Devices, processes, precision and memory."""
+class ComputeOptions(OptionGroup):
+    """Devices, processes and precision."""
 
     compute_dtype: ComputeDtype = "float32"
     """Dtype of activations and matrix products; statistics are always float32."""
     matmul_precision: MatmulPrecision = "highest"
     """Float32 matrix products: highest = full float32; high, default = the device's faster ones, such as TF32."""
-    selection: SelectionOption = "auto"
-    """How weights are selected, with the same result: top_k = jax.lax.top_k, count = bisection, auto = by device."""
-    batch: int | None = None
-    """Samples in a micro-batch; determines peak memory. Default 8; on CPU 1024 / --length, between 1 and 8."""
     mesh: str | None = None
     """data=N,model=M: shard samples over N and linears over M devices. Default: one device."""
-    offload_activations: bool = False
-    """Keep activations in host memory, with one micro-batch at a time on the device."""
     compilation_cache: str | None = None
     """Folder for compiled programs, or off. Default: a folder in the user's cache."""
     coordinator: str | None = None
@@ -57,7 +51,6 @@ class DeviceOptions(OptionGroup):
     """Allow --coordinator at a public address. Whoever reaches its port can read and change the run."""
 
     def settle(self) -> None:
-        self._require_least(1, "batch")
         parse_mesh(self.mesh)
         given = (self.coordinator, self.processes, self.process)
         if all(option is None for option in given):
@@ -72,3 +65,19 @@ class DeviceOptions(OptionGroup):
             raise BarberError(f"--coordinator {self.coordinator}: a port is a number from 1 to 65535")
         if not 0 <= self.process < self.processes:
             raise BarberError(f"--process {self.process} must be at least 0 and below --processes {self.processes}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions(ComputeOptions):
+    """Devices, processes, precision and memory."""
+
+    selection: SelectionOption = "auto"
+    """How weights are selected, with the same result: top_k = jax.lax.top_k, count = bisection, auto = by device."""
+    batch: int | None = None
+    """Samples in a micro-batch; determines peak memory. Default 8; on CPU 1024 / --length, between 1 and 8."""
+    offload_activations: bool = False
+    """Keep activations in host memory, with one micro-batch at a time on the device."""
+
+    def settle(self) -> None:
+        ComputeOptions.settle(self)
+        self._require_least(1, "batch")

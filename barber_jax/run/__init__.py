@@ -7,6 +7,7 @@ May import: console, masks, models, data, convert, devices, forward, criteria, s
 | `loop` | the loop over decoder blocks |
 | `resume` | identity of a run; starting or resuming an unfinished run |
 | `run_state` | finished blocks of an unfinished run, on disk |
+| `identity` | what identifies an unfinished run |
 | `history` | access to the finished blocks from every process |
 | `block_file`, `fingerprint` | a block's file with its checksum; content hashes |
 """

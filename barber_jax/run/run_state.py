@@ -5,8 +5,6 @@ block N only, in one safetensors file whose metadata hold the block's record and
 """
 
 import contextlib
-import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,18 +12,13 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 
-from barber_jax.console import documents
 from barber_jax.console.errors import BarberError
 from barber_jax.console.files import writing
 from barber_jax.run.block_file import READ_ERRORS, Block, BlockRestore, BlockSave
+from barber_jax.run.identity import IDENTITY, check_identity, delete_run, delete_tree, first_line, write_identity
 
-IDENTITY = "identity.json"
 ITEM = "block"
 """Name of the Orbax item in each step."""
-HASH_PREFIX = "content of "
-"""Prefix of the names of identity entries that are hashes."""
-MAX_NAMED = 8
-"""Maximum number of differing identity entries that an error message names."""
 
 
 class RunState:
@@ -65,22 +58,16 @@ class RunState:
 
         Args:
             folder: created with its parents if it does not exist.
-            identity: values that must be the same for the run to be resumed: name -> string, number, bool or None. The
-                names of hashes begin with "content of ".
+            identity: see `write_identity`.
 
         Raises:
             BarberError: the folder holds something other than a run state, or cannot be written.
         """
         with writing(folder):
-            _delete(folder)
+            delete_run(folder)
             folder.mkdir(parents=True)
             try:
-                partial = _partial(folder)
-                with open(partial, "w", encoding="utf-8") as file:
-                    json.dump(identity, file, indent=2)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(partial, folder / IDENTITY)
+                write_identity(folder, identity)
                 return cls(folder)
             except BaseException:
                 # Also on Ctrl-C: the caller has no object yet on which to call `remove`.
@@ -96,7 +83,7 @@ class RunState:
         Raises:
             BarberError: the folder holds no run state, or one with another identity.
         """
-        _check_identity(folder, identity)
+        check_identity(folder, identity)
         with writing(folder):
             state = cls(folder)
             steps = state._manager.all_steps()
@@ -149,7 +136,7 @@ class RunState:
             return self._read(index)
         except READ_ERRORS as error:
             path = self.folder / str(index)
-            raise BarberError(f"{path}: damaged ({_first_line(error)}); --resume computes it again") from error
+            raise BarberError(f"{path}: damaged ({first_line(error)}); --resume computes it again") from error
 
     def close(self) -> None:
         """Close the run state without deleting it. May be called more than once."""
@@ -160,7 +147,7 @@ class RunState:
         self.finished = 0
         self.close()
         with writing(self.folder):
-            _delete(self.folder)
+            delete_run(self.folder)
 
     def __enter__(self) -> "RunState":
         return self
@@ -185,67 +172,8 @@ class RunState:
         """Delete the files of an interrupted commit."""
         for path in self.folder.iterdir():
             if path.name != IDENTITY and not _is_step(path):
-                _delete_tree(path)
-
-
-def _check_identity(folder: Path, identity: dict[str, Any]) -> None:
-    """Raise `BarberError` unless the folder holds a run state with this identity."""
-    path = folder / IDENTITY
-    try:
-        stored = documents.read(path)
-        if not isinstance(stored, dict):
-            raise ValueError("not a JSON object")
-    except (FileNotFoundError, NotADirectoryError):
-        raise BarberError(f"--resume: no unfinished run under {folder}; leave --resume out to start one") from None
-    except (OSError, ValueError) as error:
-        cause = _first_line(error)
-        raise BarberError(f"--resume: {path}: cannot be read ({cause}); start over with --overwrite") from None
-    given = documents.parse(json.dumps(identity))
-    differing = [name for name in given | stored if given.get(name) != stored.get(name)]
-    if not differing:
-        return
-    differences = [
-        f"{name} differs from that of the run under {folder}"
-        if name.startswith(HASH_PREFIX)
-        else f"{name} was {stored.get(name)} in the run under {folder}, now {given.get(name)}"
-        for name in differing[:MAX_NAMED]
-    ]
-    if len(differing) > MAX_NAMED:
-        differences.append(f"and so on, {len(differing)} in all")
-    raise BarberError(f"--resume: {'; '.join(differences)}; use the same or start over with --overwrite")
-
-
-def _first_line(error: Exception) -> str:
-    """First line of an error's message, at most 200 characters."""
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__
-
-
-def _partial(folder: Path) -> Path:
-    return folder / f"{IDENTITY}.partial"
+                delete_tree(path)
 
 
 def _is_step(path: Path) -> bool:
     return path.name.isdecimal() and path.is_dir()
-
-
-def _delete(folder: Path) -> None:
-    """Delete a run state, identity.json last, so that after an interruption the folder is still known as one.
-
-    Raises:
-        BarberError: the folder holds something other than a run state.
-    """
-    if not folder.exists():
-        return
-    entries = set(folder.iterdir()) - {_partial(folder)}
-    if entries and folder / IDENTITY not in entries:
-        raise BarberError(f"{folder} exists but is not an unfinished run; move it or choose another --out")
-    for path in entries - {folder / IDENTITY}:
-        _delete_tree(path)
-    shutil.rmtree(folder)
-
-
-def _delete_tree(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()

@@ -22,7 +22,8 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 from barber_jax.console.errors import BarberError
 from barber_jax.run.block_file import NAME
-from barber_jax.run.run_state import IDENTITY, ITEM, MAX_NAMED, RunState
+from barber_jax.run.identity import IDENTITY, MAX_NAMED
+from barber_jax.run.run_state import ITEM, RunState
 
 RUN = {"--alpha": 0.1, "--method": "wanda", "--rebuild": True, "--batch": None, "content of --ckpt x": "0123abcd" * 4}
 DTYPES = [np.bool_, np.uint8, np.float16, ml_dtypes.bfloat16, np.float32]

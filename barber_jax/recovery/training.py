@@ -1,0 +1,217 @@
+"""One optimizer step of a recovery: gradient of a batch, Adam, and updates that keep pruned weights at zero.
+
+Masters, gradients and moments are float32 and sharded as the parameters are. As in reconstruction, a matrix's learning
+rate is a fraction of the root mean square of its surviving weights.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from barber_jax.forward.passes import Parameters
+from barber_jax.masks.keep_pruned import keep_pruned, zero_pruned
+from barber_jax.models.sharding import constrain
+from barber_jax.recovery import lora
+from barber_jax.recovery.objective import Metrics, Objective
+from barber_jax.recovery.program import ALL, BLOCKS, Program, shard
+
+B1, B2 = 0.9, 0.95
+MIN_SCALE = 1e-3
+"""Lower bound of the root mean square that a learning rate is a fraction of: biases may all be zero."""
+
+Scope = Literal["weights", "all", "lora"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step computes; hashable.
+
+    Attributes:
+        objective: the loss.
+        clip: largest norm of the gradient of all parameters together.
+        mesh: sizes of the mesh axes.
+    """
+
+    objective: Objective
+    clip: float
+    mesh: tuple[int, int] = (1, 1)
+
+    def optimizer(self) -> optax.GradientTransformationExtraArgs:
+        """Clipped Adam, of which the learning rate is left out. Its updates are given masks."""
+        descent = optax.chain(optax.clip_by_global_norm(self.clip), optax.scale_by_adam(B1, B2), optax.scale(-1.0))
+        return keep_pruned(descent)
+
+
+def learning_rates(rate: float, steps: int, warm_up: float) -> np.ndarray:
+    """Learning rate of each step, float32 [steps]: a linear rise in a share `warm_up` of them, then a cosine to 0."""
+    rise = max(1, int(warm_up * steps))
+    schedule = optax.warmup_cosine_decay_schedule(rate / rise, rate, rise, max(steps, rise + 1))
+    return np.asarray(schedule(np.arange(steps)), np.float32)
+
+
+@dataclass
+class State:
+    """State of a training.
+
+    Attributes:
+        values: name -> float32 masters of what is trained.
+        optimizer: the optimizer's state.
+        step: int32, number of steps done.
+    """
+
+    values: Parameters
+    optimizer: optax.OptState
+    step: jax.Array
+
+
+jax.tree_util.register_dataclass(State, ["values", "optimizer", "step"], [])
+
+
+def split(parameters: Parameters, program: Program, scope: Scope) -> tuple[Parameters, Parameters]:
+    """Divide a model's parameters into those that are trained and those that are not.
+
+    For `lora` none of the model's own are trained.
+    """
+    trained = {"weights": program.kernels, "all": tuple(parameters), "lora": ()}[scope]
+    return (
+        {name: value for name, value in parameters.items() if name in trained},
+        {name: value for name, value in parameters.items() if name not in trained},
+    )
+
+
+def of_values(masks: Parameters, values: Parameters) -> Parameters:
+    """Masks for `keep_pruned`: of each trained value its mask, or True."""
+    return {name: masks.get(name, np.True_) for name in values}
+
+
+@partial(jax.jit, static_argnames=("plan", "rank", "seed"))
+def begin(
+    plan: Plan, trained: Parameters, frozen: Parameters, masks: Parameters, rank: int = 0, seed: int = 0
+) -> tuple[State, Parameters]:
+    """State before the first step, and the scales of the learning rates.
+
+    Args:
+        trained: parameters to train; {} to train low-rank factors of the prunable kernels in `frozen`.
+        masks: kernel name -> bool [N, in, out].
+        rank: of the factors.
+        seed: of their start.
+    """
+    values = {name: value.astype(jnp.float32) for name, value in trained.items()}
+    values = zero_pruned(of_values(masks, values), values)
+    scales = {
+        name: jnp.maximum(lora.root_mean_square(value, masks.get(name)), MIN_SCALE) for name, value in values.items()
+    }
+    if rank:
+        keys = jax.random.split(jax.random.key(seed), len(plan.objective.program.kernels))
+        for name, key in zip(plan.objective.program.kernels, keys, strict=True):
+            first, second = lora.begin(frozen[name], rank, key)
+            values |= {name + lora.FIRST: first, name + lora.SECOND: second}
+        scales = {name: jnp.ones((), jnp.float32) for name in values}
+    values = shard(values, plan.mesh)
+    state = plan.optimizer().init(values)
+    return State(values, _shard_state(state, plan.mesh), constrain(jnp.zeros((), jnp.int32))), jax.tree.map(
+        constrain, scales
+    )
+
+
+def _shard_state(state: optax.OptState, mesh: tuple[int, int]) -> optax.OptState:
+    """Shard every dict of the optimizer's state that has the trained values' names."""
+    is_dict = lambda node: isinstance(node, dict)  # noqa: E731
+    return jax.tree.map(
+        lambda node: shard(node, mesh) if is_dict(node) else constrain(node), state, is_leaf=is_dict
+    )
+
+
+@partial(jax.jit, static_argnames="plan", donate_argnames="state")
+def train_step(
+    plan: Plan,
+    state: State,
+    scales: Parameters,
+    frozen: Parameters,
+    masks: Parameters,
+    teacher: Parameters,
+    ids: jax.Array,
+    rate: jax.Array,
+) -> tuple[State, Metrics]:
+    """One step.
+
+    Args:
+        state: before the step. Consumed.
+        scales: from `begin`.
+        frozen: the parameters that are not trained.
+        masks: kernel name -> bool [N, in, out].
+        teacher: parameters of the dense model, {} for none.
+        ids: int32 [A, B, L], A micro-batches whose gradients are averaged; one's activations are in memory at a time.
+        rate: float32 scalar, the learning rate as a fraction of `scales`.
+
+    Returns:
+        The state after the step, or the state before it if loss or gradient are not finite; and the metrics of
+        `Objective` and the norm of the gradient.
+    """
+    names = state.values
+    low_rank = masks if any(name.endswith(lora.FIRST) for name in names) else {}
+
+    def micro_batch(total: tuple, piece: jax.Array) -> tuple[tuple, None]:
+        gradient, metrics = plan.objective.gradient(
+            state.values, frozen, low_rank, teacher, constrain(piece, ALL)
+        )
+        gradient, metrics = jax.tree.map(jnp.add, total, (gradient, metrics))
+        return (shard(gradient, plan.mesh), metrics), None
+
+    zeros = {name: jnp.zeros((), jnp.float32) for name in ("loss", "kl", "cross_entropy")}
+    start = (shard(jax.tree.map(jnp.zeros_like, state.values), plan.mesh), zeros)
+    total, _ = lax.scan(micro_batch, start, ids)
+    gradient, metrics = jax.tree.map(lambda value: value / ids.shape[0], total)
+    own = of_values(masks, names)
+    norm = optax.tree.norm(zero_pruned(own, gradient))
+    updates, optimizer = plan.optimizer().update(gradient, state.optimizer, state.values, masks=own)
+    values = {name: value + rate * scales[name] * updates[name] for name, value in state.values.items()}
+    after = State(shard(values, plan.mesh), _shard_state(optimizer, plan.mesh), state.step + 1)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+    kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
+    return kept, {**metrics, "gradient_norm": norm}
+
+
+@partial(jax.jit, static_argnames=("objective", "dtypes"))
+def held_out_losses(
+    objective: Objective,
+    dtypes: tuple[tuple[str, str], ...],
+    values: Parameters,
+    frozen: Parameters,
+    masks: Parameters,
+    teacher: Parameters,
+    ids: jax.Array,
+) -> Metrics:
+    """Mean loss over micro-batches int32 [A, B, L], of weights rounded to the dtypes in which they will be written.
+
+    Args:
+        dtypes: (name, dtype) of the trained parameters of the checkpoint.
+    """
+    low_rank = masks if any(name.endswith(lora.FIRST) for name in values) else {}
+    rounding = dict(dtypes)
+    rounded = {
+        name: value.astype(rounding[name]).astype(jnp.float32) if name in rounding else value
+        for name, value in values.items()
+    }
+    each = lax.map(
+        lambda piece: objective.losses({**frozen, **rounded}, low_rank, teacher, constrain(piece, ALL)), ids
+    )
+    return jax.tree.map(lambda value: constrain(jnp.mean(value)), each)
+
+
+@partial(jax.jit, static_argnames="mesh")
+def final_kernels(
+    values: Parameters, frozen: Parameters, masks: Parameters, mesh: tuple[int, int]
+) -> Parameters:
+    """The trained parameters as they are written, float32, low-rank updates merged, pruned weights 0."""
+    factors = {name: value for name, value in values.items() if name.endswith((lora.FIRST, lora.SECOND))}
+    if not factors:
+        return values
+    kernels = {name: frozen[name] for name in masks}
+    return shard(lora.merge({**kernels, **factors}, masks), mesh)
