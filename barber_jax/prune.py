@@ -15,6 +15,7 @@ import numpy as np
 
 from barber_jax.config import PruneConfig
 from barber_jax.console import interrupt
+from barber_jax.console.callable_module import make_callable
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.files import expand
 from barber_jax.console.progress import Progress
@@ -289,6 +290,8 @@ def run(arguments: list[str] | None = None) -> None:
     join(config.coordinator, config.processes, config.process, config.public_coordinator)
     prune(config)
 
+
+make_callable(__name__, prune)
 
 if __name__ == "__main__":
     exit_with_one_line(run)

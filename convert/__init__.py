@@ -12,6 +12,7 @@ May import: console, masks, models, data.
 | `download` | downloads from the Hugging Face Hub |
 | `tied_head` | which matrix is the head where config.json and the tensors disagree |
 | `parameters` | Hugging Face tensors <-> Flax parameters |
+| `flax_module` | a whole checkpoint as a Flax module with masks, and back |
 | `export`, `safetensors_writer`, `formats` | writers |
 | `finite` | refusal of values that do not fit their dtype |
 | `mask_file` | re-export of `masks.mask_file` under its former path |

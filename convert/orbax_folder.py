@@ -9,7 +9,7 @@ Keys are strings (`flax.nnx.restore_int_paths` converts those of `layers` to int
 embedding, head.lm_head.kernel is not stored. DIR also holds config.json and the tokenizer's files.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,11 +23,10 @@ from barber_jax.console.errors import BarberError
 from barber_jax.console.quiet import silenced
 from barber_jax.convert.checkpoint import Checkpoint, split_files
 from barber_jax.convert.folder import FLOATS, ORBAX, ModelFolder
-from barber_jax.convert.parameters import to_flax, to_hf
+from barber_jax.convert.parameters import to_flax, to_hf, tree_paths
 from barber_jax.convert.tied_head import HEAD, settle_head
 from barber_jax.masks.mask_file import Masks
 from barber_jax.models import build_model
-from barber_jax.models.family import Model
 
 HEAD_PATH = "head.lm_head.kernel"
 """Path of the head in the tree."""
@@ -169,16 +168,6 @@ def write_orbax(folder: Path, checkpoint: Checkpoint, masks: Masks | None) -> No
         # Orbax passes on exceptions of TensorStore and of the file system, of many types.
         cause = str(error).strip().split("\n")[0][:200]
         raise BarberError(f"cannot write {target}: {cause}; make room there or write to another place") from None
-
-
-def tree_paths(model: Model) -> Iterator[tuple[str, str]]:
-    """Yield (path in the `Decoder`'s tree, Hugging Face name) of every stored parameter, in model order."""
-    embed = model.names.embed
-    yield from ((f"embed.{path}", name) for path, name in embed.items())
-    for index in range(model.layers):
-        yield from ((f"layers.{index}.{path}", name) for path, name in model.names.of_block(index).items())
-    # A tied head has the Hugging Face name of the embedding and is not stored.
-    yield from ((f"head.{path}", name) for path, name in model.names.head.items() if name not in embed.values())
 
 
 def _parameter(checkpoint: Checkpoint, name: str, path: str) -> _LazyArray:

@@ -1,6 +1,6 @@
 """Converts between Hugging Face tensors and Flax parameters, using a family's name table."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -34,6 +34,16 @@ def read_parameters(checkpoint: Checkpoint, table: dict[str, str]) -> dict[str, 
     return {path: to_flax(path, checkpoint.read(name)) for path, name in table.items()}
 
 
+def tree_paths(model: Model) -> Iterator[tuple[str, str]]:
+    """Yield (path in the `Decoder`'s tree, Hugging Face name) of every stored parameter, in model order."""
+    embed = model.names.embed
+    yield from ((f"embed.{path}", name) for path, name in embed.items())
+    for index in range(model.layers):
+        yield from ((f"layers.{index}.{path}", name) for path, name in model.names.of_block(index).items())
+    # A tied head has the Hugging Face name of the embedding and is not stored.
+    yield from ((f"head.{path}", name) for path, name in model.names.head.items() if name not in embed.values())
+
+
 def check_tensors(checkpoint: Checkpoint, model: Model) -> None:
     """Check the names, shapes and dtypes of a checkpoint's tensors against the model, before any tensor is read.
 
@@ -58,6 +68,25 @@ def check_tensors(checkpoint: Checkpoint, model: Model) -> None:
             raise BarberError(
                 f"{checkpoint.location}: tensor {name} does not belong to the {model.model_type} model in config.json"
             )
+
+
+def check_names_and_shapes(
+    given: dict[str, tuple[int, ...]], names: Sequence[str], checkpoint: Checkpoint, what: str
+) -> None:
+    """Raise `BarberError` unless the given tensors have the names `names` and their shapes in the checkpoint.
+
+    Args:
+        given: name -> shape of the tensors to check.
+        names: names that are required.
+        what: beginning of the error message.
+    """
+    required = {name: checkpoint.shape(name) for name in names}
+    for name in sorted(required.keys() ^ given.keys()):
+        problem = "is missing" if name in required else "is unexpected"
+        raise BarberError(f"{what} {name} {problem}; it must be of the same model as {checkpoint.location}")
+    for name, shape in required.items():
+        if given[name] != shape:
+            raise BarberError(f"{what} {name} has shape {list(given[name])}, in {checkpoint.location} {list(shape)}")
 
 
 def _remedy(name: str, model: Model, present: set[str]) -> str:

@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -235,7 +235,9 @@ def train(model: Model, ids: np.ndarray, config: TrainConfig) -> tuple[Parameter
     Raises:
         BarberError: the loss is no longer finite.
     """
-    definition = Definition(*define(lambda: model.decoder(nnx.Rngs(0))))
+    # With a kernel of the head, whose value is the embedding in `loss`.
+    untied = replace(model, tied_embedding=False)
+    definition = Definition(*define(lambda: untied.decoder(nnx.Rngs(0))))
     optimizer = make_optimizer(config.steps, config.rate)
     parameters = initial_parameters(definition, model.layers, config.seed)
     state = (parameters, optimizer.init(parameters))

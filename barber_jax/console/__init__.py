@@ -10,6 +10,7 @@ May import: nothing of this package.
 | `quiet` | what libraries print by themselves |
 | `command`, `options` | command-line parsing; groups of options |
 | `values` | values of options: from a settings file, and bounds for all |
+| `callable_module` | a command's module that is a function too |
 | `extras` | optional packages |
 | `progress` | live progress bar, or plain lines, on stderr |
 | `notes` | single lines on stderr that are no error |

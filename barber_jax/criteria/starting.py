@@ -14,7 +14,7 @@ from barber_jax.console.errors import BarberError
 from barber_jax.console.files import expand
 from barber_jax.console.options import OptionGroup, flag
 from barber_jax.convert.checkpoint import Checkpoint
-from barber_jax.convert.parameters import to_flax
+from barber_jax.convert.parameters import check_names_and_shapes, to_flax
 from barber_jax.criteria import CRITERIA
 from barber_jax.criteria.base import Criterion, Quota
 from barber_jax.devices.mesh import Devices
@@ -274,25 +274,6 @@ def _cast(tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Cast without NumPy's warning about values that become Inf, which the loop over the blocks reports by name."""
     with np.errstate(over="ignore"):
         return tensor.astype(dtype)
-
-
-def check_names_and_shapes(
-    given: dict[str, tuple[int, ...]], names: Sequence[str], checkpoint: Checkpoint, what: str
-) -> None:
-    """Raise `BarberError` unless the given tensors have the names `names` and their shapes in the checkpoint.
-
-    Args:
-        given: name -> shape of the tensors to check.
-        names: names that are required.
-        what: beginning of the error message.
-    """
-    required = {name: checkpoint.shape(name) for name in names}
-    for name in sorted(required.keys() ^ given.keys()):
-        problem = "is missing" if name in required else "is unexpected"
-        raise BarberError(f"{what} {name} {problem}; it must be of the same model as {checkpoint.location}")
-    for name, shape in required.items():
-        if given[name] != shape:
-            raise BarberError(f"{what} {name} has shape {list(given[name])}, in {checkpoint.location} {list(shape)}")
 
 
 def check_pattern(mask: np.ndarray, pattern: SparsityPattern, what: str) -> None:

@@ -8,6 +8,7 @@ May import: console, masks, models, data, convert, devices.
 | `streams` | hidden states of all samples, on the device or in host memory |
 | `dense` | forward pass through a whole checkpoint, block by block |
 | `perplexity` | perplexity of a checkpoint |
+| `generation` | tokens one after the other, greedily or sampled, with a key-value cache |
 | `resident` | a whole model in device memory: log-likelihoods and generation |
 """
 

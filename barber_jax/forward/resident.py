@@ -1,4 +1,4 @@
-"""A whole model in device memory: log-likelihoods of tokens and greedy generation, for zero-shot evaluation.
+"""A whole model in device memory: log-likelihoods of tokens and generation.
 
 The blocks' parameters are stacked, [blocks, ...], and scanned over, so that only one block is compiled at any depth.
 On a mesh, sequences are sharded over `data` and the blocks' linears over `model`.
@@ -6,7 +6,6 @@ On a mesh, sequences are sharded over `data` and the blocks' linears over `model
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +15,15 @@ from jax import lax
 from barber_jax.convert.checkpoint import Checkpoint
 from barber_jax.convert.parameters import read_parameters
 from barber_jax.devices.mesh import Devices
+from barber_jax.forward import generation
+from barber_jax.forward.generation import KVCache, Network, RunBlock, Sampling
 from barber_jax.forward.passes import Parameters
-from barber_jax.models.attention import BlockKVCache
 from barber_jax.models.decoder import BlockDefinition, Definition
 from barber_jax.models.family import Model
 from barber_jax.models.sharding import DATA, constrain, parameter_axes
 
 HEAD_POSITIONS = 256
 """Positions for which logits are computed at a time: over a large vocabulary all of them would take much memory."""
-
-KVCache = tuple[jax.Array, jax.Array]
-"""Keys and values of all blocks, [blocks, B, T, K, E] each."""
 
 
 def stacked_blocks(checkpoint: Checkpoint, model: Model, devices: Devices) -> Parameters:
@@ -86,77 +83,32 @@ def _log_likelihoods(
     return constrain(log_probabilities.reshape(-1)), constrain(greedy.reshape(-1))
 
 
-@partial(jax.jit, static_argnames=("embed", "block", "head", "capacity"))
-def _prefill(
-    embed: Definition,
-    block: BlockDefinition,
-    head: Definition,
-    parameters: tuple[Parameters, Parameters, Parameters],
-    ids: jax.Array,
-    lengths: jax.Array,
-    capacity: int,
-) -> tuple[jax.Array, KVCache]:
-    """Process prompts and fill the key-value cache.
+def _network(
+    embed: Definition, block: BlockDefinition, head: Definition, parameters: tuple[Parameters, Parameters, Parameters]
+) -> Network:
+    """The model for generation, with the parameters of the embeddings, of the stacked blocks and of the head."""
 
-    Args:
-        parameters: of the embeddings, the blocks and the head.
-        ids: int32 [B, L] prompts, padded on the right.
-        lengths: int32 [B], lengths of the prompts without padding.
-        capacity: positions that the cache has room for.
+    def run_blocks(hidden: jax.Array, each: RunBlock, caches: KVCache | None) -> tuple[jax.Array, KVCache]:
+        def step(hidden: jax.Array, layer: tuple[Parameters, KVCache | None]) -> tuple[jax.Array, KVCache]:
+            return each(partial(block.run, layer[0]), hidden, layer[1])
 
-    Returns:
-        The most likely next token of each prompt, [B], and the cache.
-    """
-    embed_parameters, blocks, head_parameters = parameters
+        return lax.scan(step, hidden, (parameters[1], caches))
 
-    def step(hidden: jax.Array, layer: Parameters) -> tuple[jax.Array, KVCache]:
-        cache = BlockKVCache()
-        hidden = block.run(layer, hidden, cache=cache)
-        padding = ((0, 0), (0, capacity - ids.shape[1]), (0, 0), (0, 0))
-        return constrain(hidden, DATA), (jnp.pad(cache.keys, padding), jnp.pad(cache.values, padding))
-
-    hidden, cache = lax.scan(step, constrain(embed.bind(embed_parameters)(ids), DATA), blocks)
-    final = hidden[jnp.arange(len(ids)), lengths - 1]
-    return constrain(jnp.argmax(head.bind(head_parameters)(final[:, None])[:, 0], axis=-1)), cache
+    return Network(embed.bind(parameters[0]), run_blocks, head.bind(parameters[2]))
 
 
-@partial(jax.jit, static_argnames=("embed", "block", "head", "steps"), donate_argnames="cache")
+@partial(jax.jit, static_argnames=("definitions", "capacity"))
+def _prefill(definitions: tuple, parameters: tuple, *arguments, capacity: int) -> tuple[jax.Array, KVCache]:
+    """`generation.prefill`."""
+    return generation.prefill(_network(*definitions, parameters), *arguments, capacity)
+
+
+@partial(jax.jit, static_argnames=("definitions", "steps"), donate_argnames="cache")
 def _decode(
-    embed: Definition,
-    block: BlockDefinition,
-    head: Definition,
-    parameters: tuple[Parameters, Parameters, Parameters],
-    token: jax.Array,
-    position: jax.Array,
-    cache: KVCache,
-    steps: int,
+    definitions: tuple, parameters: tuple, *arguments, cache: KVCache, steps: int
 ) -> tuple[jax.Array, jax.Array, KVCache]:
-    """Generate greedily for `steps` tokens, starting with `token` at `position`. Donates `cache`.
-
-    Args:
-        parameters: of the embeddings, the blocks and the head.
-        token, position: int32 [B], the first token to append to each sequence, and its position.
-
-    Returns:
-        The appended tokens int32 [B, steps], which begin with `token`; the next token [B]; and the cache.
-    """
-    embed_parameters, blocks, head_parameters = parameters
-    embedding, output = embed.bind(embed_parameters), head.bind(head_parameters)
-
-    def append(carry: tuple[jax.Array, jax.Array, KVCache], _: None) -> tuple[Any, jax.Array]:
-        token, position, cache = carry
-
-        def step(hidden: jax.Array, layer: tuple[Parameters, KVCache]) -> tuple[jax.Array, KVCache]:
-            cache = BlockKVCache(position, *layer[1])
-            hidden = block.run(layer[0], hidden, cache=cache)
-            return hidden, (cache.keys, cache.values)
-
-        hidden, cache = lax.scan(step, embedding(token[:, None], position), (blocks, cache))
-        following = jnp.argmax(output(hidden)[:, 0], axis=-1).astype(token.dtype)
-        return (following, position + 1, cache), token
-
-    (token, _, cache), tokens = lax.scan(append, (token, position, cache), None, length=steps)
-    return constrain(tokens.T), constrain(token), cache
+    """`generation.decode`. Donates `cache`."""
+    return generation.decode(_network(*definitions, parameters), *arguments, cache, steps)
 
 
 class ResidentModel:
@@ -200,28 +152,32 @@ class ResidentModel:
         return np.asarray(log_probabilities)[:count], np.asarray(greedy)[:count]
 
     def generate(
-        self, ids: np.ndarray, lengths: np.ndarray, tokens: int, steps: int, stop: Callable[[np.ndarray], bool]
+        self,
+        ids: np.ndarray,
+        lengths: np.ndarray,
+        tokens: int,
+        steps: int,
+        stop: Callable[[np.ndarray], bool],
+        sampling: Sampling | None = None,
     ) -> np.ndarray:
-        """Continue prompts greedily.
+        """Continue prompts.
 
         Args:
-            ids: int32 [B, L] prompts, padded on the right.
+            ids: int32 [B, L] prompts, padded on the right; B is a multiple of the mesh's `data`.
             lengths: int32 [B], lengths of the prompts without padding.
             tokens: maximum number of tokens to generate, a multiple of `steps`.
             steps: tokens generated between two calls of `stop`.
             stop: called with the tokens generated so far, int32 [B, n]; generation ends when it returns True.
+            sampling: how tokens are drawn; None for the most likely one each time.
 
         Returns:
             Generated tokens int32 [B, n], n a multiple of `steps`.
         """
-        put, generated = self._devices.put, []
+        model, put = (self._definitions, self._parameters), self._devices.put
+        prompts = (put(ids, DATA), put(np.asarray(lengths, np.int32), DATA))
+        if sampling is not None:
+            sampling = sampling._replace(rows=put(np.asarray(sampling.rows, np.int32), DATA))
         with self._devices.context():
-            capacity = ids.shape[1] + tokens
-            token, cache = _prefill(*self._definitions, self._parameters, put(ids, DATA), put(lengths, DATA), capacity)
-            for begin in range(0, tokens, steps):
-                position = put(np.asarray(lengths + begin, np.int32), DATA)
-                more, token, cache = _decode(*self._definitions, self._parameters, token, position, cache, steps)
-                generated.append(np.asarray(more))
-                if stop(np.concatenate(generated, axis=1)):
-                    break
-        return np.concatenate(generated, axis=1)
+            return generation.run(
+                partial(_prefill, *model), partial(_decode, *model), *prompts, tokens, steps, stop, sampling
+            )

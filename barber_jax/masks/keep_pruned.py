@@ -73,14 +73,11 @@ def keep_pruned(optimizer: optax.GradientTransformation, masks: Any = None) -> o
             no parameter; or there are no masks at all.
     """
     optimizer = optax.with_extra_args_support(optimizer)
-    if masks is not None:
-        _check(masks)
 
     def init(params: Any) -> KeepPrunedState:
         if masks is None:
             return KeepPrunedState(None, optimizer.init(params))
-        _check_used(masks, params)
-        full = _like(masks, params)
+        full = jax.tree.map(jnp.asarray, masks_like(params, masks))
         return KeepPrunedState(full, optimizer.init(_zero(full, params)))
 
     def update(
@@ -97,6 +94,23 @@ def keep_pruned(optimizer: optax.GradientTransformation, masks: Any = None) -> o
         return updates, KeepPrunedState(state.masks, _zero_moments(given, inner, updates))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def masks_like(tree: Any, masks: Any) -> Any:
+    """Masks in the structure of a tree, one for each of its arrays, whatever dicts or states they are nested in.
+
+    Args:
+        tree: parameters.
+        masks: as for `zero_pruned`.
+
+    Raises:
+        BarberError: a parameter has no mask, a mask another shape than its parameter, or no parameter.
+    """
+    _check(masks)
+    _check_used(masks, tree)
+    found = _by_path(masks)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    return structure.unflatten(_mask_of(found, _path(keys), leaf) for keys, leaf in leaves)
 
 
 def _path(keys: tuple) -> Path:
@@ -156,13 +170,6 @@ def _zero(masks: Any, tree: Any) -> Any:
 def _zeroed(mask: Any, leaf: Any) -> Any:
     """The leaf with 0 where it is pruned; jnp.where, as a product would keep NaN and infinities."""
     return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype)) if np.ndim(mask) else leaf
-
-
-def _like(masks: Any, params: Any) -> Any:
-    """The masks as a tree of the parameters' own structure, as JAX arrays."""
-    found = _by_path(masks)
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    return structure.unflatten(jnp.asarray(_mask_of(found, _path(keys), leaf)) for keys, leaf in leaves)
 
 
 def _to_zero(masks: Any, updates: Any, params: Any) -> Any:

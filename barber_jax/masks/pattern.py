@@ -2,7 +2,10 @@
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
+
+import numpy as np
 
 from barber_jax.console.errors import BarberError
 from barber_jax.console.options import OptionGroup
@@ -55,6 +58,19 @@ class SparsityPattern:
         """Raise BarberError unless M divides the number of inputs of the linear `name`."""
         if self.structured and inputs % self.of:
             raise BarberError(f"--pattern {self}: {self.of} does not divide the {inputs} inputs of {name}")
+
+
+def pattern_of(masks: Collection[np.ndarray]) -> tuple[str, float]:
+    """The pattern that masks have, "unstructured" or N:M, and the fraction of weights that they prune.
+
+    N:M is the one of the shortest groups, of 2 to 32 inputs, that every mask has. Masks are bool [out, in].
+    """
+    pruned = 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.size for mask in masks)
+    for of in (2, 4, 8, 16, 32) if pruned else ():
+        keep = round((1 - pruned) * of)
+        if all(mask.shape[1] % of == 0 and (mask.reshape(-1, of).sum(axis=1) == keep).all() for mask in masks):
+            return f"{keep}:{of}", pruned
+    return "unstructured", pruned
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,6 +76,18 @@ class Block(nnx.Module):
         """Residual connection: [S, L, D] hidden state before the sub-block and its output -> hidden state after it."""
         return hidden + y
 
+    def run(
+        self,
+        sub_blocks: tuple[SubBlock, ...],
+        hidden: jax.Array,
+        tap: Tap | None = None,
+        cache: BlockKVCache | None = None,
+    ) -> jax.Array:
+        """All sub-blocks, one after the other: [S, L, D] hidden state -> [S, L, D]."""
+        for sub in sub_blocks:
+            hidden = self.leave(sub.name, hidden, self.apply(sub.name, self.enter(sub.name, hidden), tap, cache))
+        return hidden
+
     def norm_variance(self, residual: jax.Array) -> jax.Array:
         """Square of what the family's norm divides each token by: float32 [S, L, D] residual stream -> [S, L].
 
@@ -119,10 +131,7 @@ class BlockDefinition(Definition):
         cache: BlockKVCache | None = None,
     ) -> jax.Array:
         """Run the whole block: [S, L, D] hidden state -> [S, L, D]."""
-        block = self.bind(parameters)
-        for sub in self.sub_blocks:
-            hidden = block.leave(sub.name, hidden, block.apply(sub.name, block.enter(sub.name, hidden), tap, cache))
-        return hidden
+        return self.bind(parameters).run(self.sub_blocks, hidden, tap, cache)
 
 
 def define(make: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, tuple[tuple[str, tuple[int, ...]], ...]]:
@@ -179,19 +188,61 @@ class GatedMLP(nnx.Module):
         return self.down_proj(inner)
 
 
-class Decoder(nnx.Module):
-    """A whole causal language model: embedding, blocks and head. For models that fit in memory as a whole."""
+class Head(nnx.Module):
+    """Final norm, or whatever a family has there, and the language-model head `lm_head`."""
 
-    def __init__(self, embed: nnx.Module, layers: list[Block], head: nnx.Module, sub_blocks: tuple[SubBlock, ...]):
+    def final(self, hidden: jax.Array) -> jax.Array:
+        """[S, L, D] hidden state after the last block -> [S, L, E], what the language-model head reads."""
+        raise NotImplementedError
+
+    def __call__(self, hidden: jax.Array, embedding: nnx.Embed | None = None) -> jax.Array:
+        """[S, L, D] hidden state -> [S, L, vocabulary] logits, of a tied model with its embedding as the head."""
+        final = self.final(hidden)
+        return self.lm_head(final) if embedding is None else embedding.attend(final)
+
+
+class Decoder(nnx.Module):
+    """A whole causal language model: embedding, blocks and head. For models that fit in memory as a whole.
+
+    Args:
+        tied: whether the token embedding is the head too: it is one parameter then, and stays one in training.
+        positions: maximum sequence length.
+
+    Attributes:
+        source: the checkpoint that it was loaded from, as the user gave it; empty if from none.
+    """
+
+    def __init__(
+        self,
+        embed: nnx.Module,
+        layers: list[Block],
+        head: Head,
+        sub_blocks: tuple[SubBlock, ...],
+        positions: int,
+        tied: bool = False,
+    ):
         self.embed = embed
         self.layers = nnx.List(layers)
+        if tied:
+            head.lm_head = None
         self.head = head
-        self.order = tuple(sub.name for sub in sub_blocks)
+        self.sub_blocks = sub_blocks
+        self.positions = positions
+        self.tied = tied
+        self.source = ""
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens."""
+        return self.embed.embed_tokens.num_embeddings
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[S, L, D] hidden state after the last block -> float32 [S, L, vocabulary] logits."""
+        return self.head(hidden, *([self.embed.embed_tokens] if self.tied else [])).astype(jnp.float32)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """int32 [S, L] token ids -> float32 [S, L, vocabulary] logits."""
         hidden = self.embed(ids)
         for block in self.layers:
-            for sub in self.order:
-                hidden = block.leave(sub, hidden, block.apply(sub, block.enter(sub, hidden)))
-        return self.head(hidden).astype(jnp.float32)
+            hidden = block.run(self.sub_blocks, hidden)
+        return self.logits(hidden)

@@ -7,7 +7,7 @@ from typing import Any
 from flax import nnx
 
 from barber_jax.console.errors import BarberError
-from barber_jax.models.decoder import ACTIVATIONS, Block, BlockDefinition, Decoder, Definition, SubBlock, define
+from barber_jax.models.decoder import ACTIVATIONS, Block, BlockDefinition, Decoder, Definition, Head, SubBlock, define
 from barber_jax.models.numbers import positive
 
 MAX_SIZE = 2**31 - 1
@@ -54,7 +54,7 @@ class Model:
     tied_embedding: bool
     make_embed: Callable[[nnx.Rngs], nnx.Module]
     make_block: Callable[[nnx.Rngs], Block]
-    make_head: Callable[[nnx.Rngs], nnx.Module]
+    make_head: Callable[[nnx.Rngs], Head]
 
     def embed(self) -> Definition:
         """Embedding, token ids [S, L] (with L = 1 also their positions, int32 [S]) -> hidden [S, L, D]."""
@@ -69,9 +69,10 @@ class Model:
         return Definition(*define(lambda: self.make_head(nnx.Rngs(0))))
 
     def decoder(self, rngs: nnx.Rngs) -> Decoder:
-        """Build the whole model as one Flax module."""
+        """Build the whole model as one Flax module; if it is tied, its head has no parameter of its own."""
         blocks = [self.make_block(rngs) for _ in range(self.layers)]
-        return Decoder(self.make_embed(rngs), blocks, self.make_head(rngs), self.sub_blocks)
+        parts = (self.make_embed(rngs), blocks, self.make_head(rngs))
+        return Decoder(*parts, self.sub_blocks, self.positions, self.tied_embedding)
 
     def check_length(self, length: int) -> None:
         """Raise BarberError if sequences of `length` tokens are longer than the model's positions."""

@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 
 from barber_jax.models.attention import BlockKVCache, attend
-from barber_jax.models.decoder import Block, GatedMLP, SubBlock, Tap, linear, rms_norm
+from barber_jax.models.decoder import Block, GatedMLP, Head, SubBlock, Tap, linear, rms_norm
 from barber_jax.models.family import HFConfig, Model, Names
 from barber_jax.models.rope import Rope
 
@@ -111,15 +111,15 @@ class LlamaEmbed(nnx.Module):
         return self.embed_tokens(ids)
 
 
-class LlamaHead(nnx.Module):
+class LlamaHead(Head):
     """Final norm and language-model head."""
 
     def __init__(self, config: LlamaConfig, dtype, rngs: nnx.Rngs):
         self.norm = rms_norm(config.hidden, config.norm_epsilon, dtype, rngs)
         self.lm_head = linear(config.hidden, config.vocabulary, False, dtype, rngs)
 
-    def __call__(self, hidden: jax.Array) -> jax.Array:
-        return self.lm_head(self.norm(hidden))
+    def final(self, hidden: jax.Array) -> jax.Array:
+        return self.norm(hidden)
 
 
 def read_config(raw: dict) -> LlamaConfig:

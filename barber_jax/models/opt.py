@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from barber_jax.models.attention import BlockKVCache, attend
-from barber_jax.models.decoder import ACTIVATIONS, Block, SubBlock, Tap, layer_norm, linear
+from barber_jax.models.decoder import ACTIVATIONS, Block, Head, SubBlock, Tap, layer_norm, linear
 from barber_jax.models.family import HFConfig, Model, Names
 
 SUB_BLOCKS = (
@@ -137,7 +137,7 @@ class OPTEmbed(nnx.Module):
         return tokens + self.embed_positions(positions + POSITION_OFFSET)
 
 
-class OPTHead(nnx.Module):
+class OPTHead(Head):
     """Final norm and projection, if the layout has them, and the language-model head."""
 
     def __init__(self, config: OPTConfig, dtype, rngs: nnx.Rngs):
@@ -146,12 +146,12 @@ class OPTHead(nnx.Module):
         self.project_out = linear(config.hidden, config.embedding, False, dtype, rngs) if config.projected else None
         self.lm_head = linear(config.embedding, config.vocabulary, False, dtype, rngs)
 
-    def __call__(self, hidden: jax.Array) -> jax.Array:
+    def final(self, hidden: jax.Array) -> jax.Array:
         if self.final_layer_norm is not None:
             hidden = self.final_layer_norm(hidden)
         if self.project_out is not None:
             hidden = self.project_out(hidden)
-        return self.lm_head(hidden)
+        return hidden
 
 
 def read_config(raw: dict) -> OPTConfig:

@@ -1,0 +1,261 @@
+"""Generation of tokens with a key-value cache, greedily or sampled: for models of any kind, and for a `Decoder`.
+
+Axis letters: B sequences, L tokens of a prompt, T positions of the cache, V vocabulary.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from barber_jax.console.errors import BarberError
+from barber_jax.models.attention import BlockKVCache
+from barber_jax.models.decoder import Decoder
+from barber_jax.models.sharding import DATA, constrain
+
+CHECK_INTERVAL = 32
+"""Tokens generated between two checks whether all sequences have ended."""
+
+KVCache = Any
+"""Keys and values of all blocks, (keys, values) of [B, T, K, E] each for every block, or stacked [blocks, ...]."""
+
+RunBlock = Callable[[Callable[..., jax.Array], jax.Array, Any], tuple[jax.Array, Any]]
+"""Called with a block, the hidden states before it and its part of the cache; returns both as they are after it."""
+
+
+class Network(NamedTuple):
+    """A model inside a traced function.
+
+    Attributes:
+        embed: int32 [B, L] token ids, and int32 [B] positions if L = 1 -> hidden states [B, L, D].
+        run_blocks: called with hidden states, a `RunBlock` and the cache (None at first); applies the first to all
+            blocks in order. A block is a function of hidden states and of a `BlockKVCache` named `cache`.
+        head: hidden states [B, L, D] -> logits [B, L, V].
+    """
+
+    embed: Callable[..., jax.Array]
+    run_blocks: Callable[[jax.Array, RunBlock, KVCache | None], tuple[jax.Array, KVCache]]
+    head: Callable[[jax.Array], jax.Array]
+
+
+class Sampling(NamedTuple):
+    """How tokens are drawn from the model's distribution.
+
+    Sequence n of a seed is drawn in the same way whatever batch it is in, on however many devices.
+
+    Attributes:
+        temperature: divides the logits; above 0.
+        seed: from 0 to 2**32 - 1.
+        rows: int32 [B], the number n of each sequence.
+    """
+
+    temperature: Any
+    seed: Any
+    rows: Any
+
+    @classmethod
+    def of(cls, temperature: float, seed: int, rows: np.ndarray) -> "Sampling | None":
+        """Check the values; None for temperature 0, that is, for the most likely token each time.
+
+        Raises:
+            BarberError: a value is out of range.
+        """
+        if not 0 <= temperature < np.inf:
+            raise BarberError(f"temperature {temperature} is not a number from 0 (greedy) up")
+        if not 0 <= seed < 2**32:
+            raise BarberError(f"seed {seed} is not from 0 to 2**32 - 1")
+        if temperature == 0:
+            return None
+        return cls(np.float32(temperature), np.uint32(seed), np.asarray(rows, np.int32))
+
+
+def choose(logits: jax.Array, position: jax.Array, sampling: Sampling | None) -> jax.Array:
+    """The token at a position of each sequence, int32 [B], given its logits [B, V]."""
+    logits = logits.astype(jnp.float32)
+    if sampling is None:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def draw(logits: jax.Array, row: jax.Array, position: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(sampling.seed), row), position)
+        return jax.random.categorical(key, logits / sampling.temperature)
+
+    return jax.vmap(draw)(logits, sampling.rows, position).astype(jnp.int32)
+
+
+def prefill(
+    network: Network, ids: jax.Array, lengths: jax.Array, sampling: Sampling | None, capacity: int
+) -> tuple[jax.Array, KVCache]:
+    """Process prompts and fill the key-value cache. To be traced.
+
+    Args:
+        ids: int32 [B, L] prompts, padded on the right.
+        lengths: int32 [B], lengths of the prompts without padding.
+        capacity: T, positions that the cache has room for.
+
+    Returns:
+        The next token of each prompt, int32 [B], and the cache.
+    """
+    padding = ((0, 0), (0, capacity - ids.shape[1]), (0, 0), (0, 0))
+
+    def each(block: Callable[..., jax.Array], hidden: jax.Array, _: None) -> tuple[jax.Array, Any]:
+        cache = BlockKVCache()
+        hidden = block(hidden, cache=cache)
+        return constrain(hidden, DATA), (jnp.pad(cache.keys, padding), jnp.pad(cache.values, padding))
+
+    hidden, cache = network.run_blocks(constrain(network.embed(ids), DATA), each, None)
+    final = hidden[jnp.arange(len(ids)), lengths - 1]
+    return constrain(choose(network.head(final[:, None])[:, 0], lengths, sampling)), cache
+
+
+def decode(
+    network: Network,
+    token: jax.Array,
+    position: jax.Array,
+    sampling: Sampling | None,
+    cache: KVCache,
+    steps: int,
+) -> tuple[jax.Array, jax.Array, KVCache]:
+    """Append `steps` tokens to each sequence. To be traced.
+
+    Args:
+        token, position: int32 [B], the first token to append to each sequence, and its position.
+
+    Returns:
+        The appended tokens int32 [B, steps], which begin with `token`; the next token [B]; and the cache.
+    """
+
+    def append(carry: tuple[jax.Array, jax.Array, KVCache], _: None) -> tuple[Any, jax.Array]:
+        token, position, cache = carry
+
+        def each(block: Callable[..., jax.Array], hidden: jax.Array, kept: Any) -> tuple[jax.Array, Any]:
+            own = BlockKVCache(position, *kept)
+            hidden = block(hidden, cache=own)
+            return hidden, (own.keys, own.values)
+
+        hidden, cache = network.run_blocks(network.embed(token[:, None], position), each, cache)
+        following = choose(network.head(hidden)[:, 0], position + 1, sampling)
+        return (following, position + 1, cache), token
+
+    (token, _, cache), tokens = lax.scan(append, (token, position, cache), None, length=steps)
+    return constrain(tokens.T), constrain(token), cache
+
+
+def run(
+    prefill: Callable[..., tuple[jax.Array, KVCache]],
+    decode: Callable[..., tuple[jax.Array, jax.Array, KVCache]],
+    ids: jax.Array,
+    lengths: jax.Array,
+    tokens: int,
+    steps: int,
+    stop: Callable[[np.ndarray], bool],
+    sampling: Sampling | None,
+) -> np.ndarray:
+    """Continue prompts until `stop` says so, or at most by `tokens` tokens.
+
+    Args:
+        prefill, decode: the functions of this name, jitted, with the network filled in.
+        steps: tokens generated between two calls of `stop`, which gets all so far, int32 [B, n].
+
+    Returns:
+        Generated tokens int32 [B, n], n a multiple of `steps`.
+    """
+    rounds = -(-tokens // steps)
+    token, cache = prefill(ids, lengths, sampling, capacity=ids.shape[1] + rounds * steps)
+    generated = []
+    for begin in range(0, rounds * steps, steps):
+        more, token, cache = decode(token, lengths + begin, sampling, cache=cache, steps=steps)
+        generated.append(np.asarray(more))
+        if stop(np.concatenate(generated, axis=1)):
+            break
+    return np.concatenate(generated, axis=1)
+
+
+def _network(model: Decoder) -> Network:
+    """A decoder for generation; its blocks are not stacked."""
+
+    def run_blocks(hidden: jax.Array, each: RunBlock, caches: KVCache | None) -> tuple[jax.Array, KVCache]:
+        kept = []
+        for block, cache in zip(model.layers, caches or [None] * len(model.layers), strict=True):
+            hidden, after = each(functools.partial(block.run, model.sub_blocks), hidden, cache)
+            kept.append(after)
+        return hidden, kept
+
+    return Network(model.embed, run_blocks, model.logits)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "capacity"))
+def _prefill(graph: nnx.GraphDef, state: Any, *arguments, capacity: int) -> tuple[jax.Array, KVCache]:
+    return prefill(_network(nnx.merge(graph, state)), *arguments, capacity)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "steps"), donate_argnames="cache")
+def _decode(
+    graph: nnx.GraphDef, state: Any, *arguments, cache: KVCache, steps: int
+) -> tuple[jax.Array, jax.Array, KVCache]:
+    return decode(_network(nnx.merge(graph, state)), *arguments, cache, steps)
+
+
+def generate(
+    model: Decoder,
+    ids: Any,
+    lengths: Any = None,
+    *,
+    tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    end: int | None = None,
+) -> np.ndarray:
+    """Continue prompts with a model from `barber_jax.load`.
+
+    Args:
+        model: computes in the dtype that it was loaded with.
+        ids: int [S, L] token ids of the prompts, the shorter ones padded on the right with any token.
+        lengths: int [S], the prompts' lengths without padding, at least 1; None if there is no padding.
+        tokens: number of tokens to generate for each prompt.
+        temperature: 0 takes the most likely token each time; above, tokens are drawn from the distribution that the
+            logits divided by it give.
+        seed: of the draws. Prompt n of a seed is continued in the same way whatever other prompts are there.
+        end: token after which a continuation has ended: what follows it is `end` too, and generation stops early when
+            all have ended.
+
+    Returns:
+        int32 [S, tokens], the continuations without their prompts.
+
+    Raises:
+        BarberError: the prompts do not fit the model, or prompt and continuation are longer than its positions.
+    """
+    ids = np.asarray(ids)
+    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or not ids.size:
+        raise BarberError(f"prompts are token ids [S, L], not {ids.dtype} of shape {list(ids.shape)}")
+    if ids.min() < 0 or ids.max() >= model.vocabulary:
+        raise BarberError(f"prompts hold token {ids.min()} or {ids.max()}; the model has {model.vocabulary} tokens")
+    lengths = np.full(len(ids), ids.shape[1]) if lengths is None else np.asarray(lengths)
+    if lengths.shape != ids.shape[:1] or not ((lengths >= 1) & (lengths <= ids.shape[1])).all():
+        raise BarberError(f"lengths must be {len(ids)} numbers from 1 to {ids.shape[1]}, one for each prompt")
+    if tokens < 1 or lengths.max() + tokens > model.positions:
+        raise BarberError(
+            f"{tokens} tokens after prompts of up to {lengths.max()}: the model has {model.positions} positions"
+        )
+    # Padding that all have is not computed, and may be beyond the model's positions.
+    ids = ids[:, : lengths.max()]
+    sampling = Sampling.of(temperature, seed, np.arange(len(ids)))
+    graph, state = nnx.split(model)
+    made = run(
+        functools.partial(_prefill, graph, state),
+        functools.partial(_decode, graph, state),
+        *(jnp.asarray(given, jnp.int32) for given in (ids, lengths)),
+        tokens,
+        tokens if end is None else min(tokens, CHECK_INTERVAL),
+        lambda made: end is not None and bool((made == end).any(axis=1).all()),
+        sampling,
+    )
+    if end is None:
+        return made
+    made = np.pad(made, ((0, 0), (0, max(0, tokens - made.shape[1]))), constant_values=end)[:, :tokens]
+    ended = np.cumsum(made == end, axis=1) > 0
+    return np.where(ended, np.int32(end), made)
