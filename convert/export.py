@@ -28,6 +28,7 @@ from barber_jax.models import plain_config
 MASKS = FILE_NAME
 START_MASKS = "start_masks.safetensors"
 RUN = "run.json"
+RECOVERED = "recover.json"
 PARTIAL = ".partial"
 """Suffix of an output folder's name until it is complete."""
 
@@ -76,7 +77,7 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
         raise BarberError(f"--out {out} is a mount point, which cannot be replaced; name a new folder inside it")
     if not overwrite:
         raise BarberError(f"--out {out} exists; give --overwrite to replace it or choose another folder")
-    if any(out.iterdir()) and not (out / RUN).exists():
+    if any(out.iterdir()) and not any((out / name).exists() for name in (RUN, RECOVERED)):
         raise BarberError(
             f"--out {out} is not the result of an earlier run, which --overwrite could replace; choose another folder"
         )

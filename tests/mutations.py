@@ -33,8 +33,33 @@ VALUES = (
 )
 
 
+DAMAGE = (None, True, -1, 1.5, 10**30, float("nan"), "x", [], {"a": 1})
+"""Values with which each value of a record is replaced in turn."""
+
+
 class TookTooLong(BaseException):
     """Not an Exception, so that no reader takes it for a complaint about its file."""
+
+
+def places(content, above=()):
+    """Path of every value in a document."""
+    for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+        yield (*above, key)
+        if isinstance(value, dict | list):
+            yield from places(value, (*above, key))
+
+
+def changed(content, place, *value):
+    """A copy of a document with another value at a place, or with none."""
+    copied = json.loads(json.dumps(content))
+    inner = copied
+    for key in place[:-1]:
+        inner = inner[key]
+    if value:
+        inner[place[-1]] = value[0]
+    else:
+        del inner[place[-1]]
+    return copied
 
 
 def damaged(content: bytes, rng: random.Random, other: bytes = b"") -> bytes:

@@ -28,6 +28,7 @@ th,td{padding:.25rem .7rem;text-align:right;border-bottom:1px solid var(--line);
 th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:600}
 details{margin:.6rem 0}summary{cursor:pointer;color:var(--soft)}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem 1rem;font-size:.9rem;margin:.5rem 0}
+pre{background:var(--card);border-radius:.5rem;padding:.6rem .8rem;overflow-x:auto;font-size:.85rem}
 dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
 """
 
@@ -64,6 +65,11 @@ def pairs(values: Iterable[tuple[str, object]]) -> Html:
     return element(
         "dl", *(element(kind, text) for pair in values for kind, text in zip(("dt", "dd"), pair, strict=True))
     )
+
+
+def commands(lines: Iterable[str]) -> Html:
+    """Compose a block of command lines."""
+    return element("pre", "\n".join(lines))
 
 
 def plots(figures: Iterable[Html]) -> Html:

@@ -19,9 +19,9 @@ from barber_jax.stages.outliers import parse_map
 ALLOCATION = ("allocate", "owl_lambda", "owl_m")
 """Names of the options for the allocation of sparsity to blocks."""
 
-_FRACTION = number(0, 1)
-_SECONDS = number(0)
-_LOSS = number(0, finite=False)
+FRACTION = number(0, 1)
+SECONDS = number(0)
+LOSS = number(0, finite=False)
 
 
 def _outlier_map(value: Any, place: str) -> None:
@@ -40,10 +40,10 @@ _MATRIX = fields(
 )
 _LOSSES = ("loss_before", "loss_after", "validation_loss_before", "validation_loss_after")
 _SUB_BLOCK = fields(
-    {"name": text, "sparsity": _FRACTION, "matrices": mapping(_MATRIX, least=1)},
-    {"swaps": integer(), **dict.fromkeys(_LOSSES, _LOSS)},
+    {"name": text, "sparsity": FRACTION, "matrices": mapping(_MATRIX, least=1)},
+    {"swaps": integer(), **dict.fromkeys(_LOSSES, LOSS)},
 )
-_MEASURED = fields(
+MEASURED = fields(
     {"source": text, "perplexity": number(0, 1e308, finite=False), "windows": integer(1), "length": integer(1)}
 )
 _OPTION_KINDS = {
@@ -52,7 +52,7 @@ _OPTION_KINDS = {
     "method": optional(text),
     "masks": optional(text),
     "sparse_ckpt": optional(text),
-    "sparsity": _FRACTION,
+    "sparsity": FRACTION,
     "pattern": text,
     "rebuild": flag,
     "seed": integer(),
@@ -65,6 +65,10 @@ _OPTION_KINDS = {
 }
 
 
+DEVICE = fields({"platform": text, "kind": text, "count": integer(1)})
+MODEL = fields({"model_type": text, "blocks": integer(1), "hidden": integer(1)})
+
+
 def _options(value: Any, place: str) -> None:
     fields(_OPTION_KINDS)(value, place)
     mapping(scalar)(value, place)
@@ -74,30 +78,30 @@ RECORD = fields(
     {
         "options": _options,
         "versions": mapping(text),
-        "device": fields({"platform": text, "kind": text, "count": integer(1)}),
-        "model": fields({"model_type": text, "blocks": integer(1), "hidden": integer(1)}),
+        "device": DEVICE,
+        "model": MODEL,
         "blocks": items(
-            fields({"block": integer(), "sub_blocks": items(_SUB_BLOCK, least=1), "seconds": mapping(_SECONDS)}),
+            fields({"block": integer(), "sub_blocks": items(_SUB_BLOCK, least=1), "seconds": mapping(SECONDS)}),
             least=1,
         ),
         "totals": fields(
             {
                 "weights": integer(1),
                 "pruned": integer(),
-                "sparsity": _FRACTION,
-                "seconds": _SECONDS,
-                "seconds_per_stage": mapping(_SECONDS),
+                "sparsity": FRACTION,
+                "seconds": SECONDS,
+                "seconds_per_stage": mapping(SECONDS),
             },
-            {"swaps": integer(), **dict.fromkeys(_LOSSES, _LOSS)},
+            {"swaps": integer(), **dict.fromkeys(_LOSSES, LOSS)},
         ),
         "peak_memory": mapping(integer()),
     },
     {
-        "perplexity": _MEASURED,
-        "dense_perplexity": _MEASURED,
-        "allocation": items(_FRACTION, least=1),
+        "perplexity": MEASURED,
+        "dense_perplexity": MEASURED,
+        "allocation": items(FRACTION, least=1),
         "started_from": fields(
-            {"folder": text, "method": optional(text), "rebuild": flag, "seconds": _SECONDS},
+            {"folder": text, "method": optional(text), "rebuild": flag, "seconds": SECONDS},
             dict.fromkeys(ALLOCATION, scalar),
         ),
     },

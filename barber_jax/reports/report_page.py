@@ -10,6 +10,7 @@ from barber_jax.console.files import writing
 from barber_jax.convert.export import MASKS
 from barber_jax.masks.mask_file import read_masks
 from barber_jax.reports.markup import Html, element
+from barber_jax.reports.parts import device_pairs, duration, kind_of, memory_figures, option_pairs, version_pairs
 from barber_jax.reports.run_record import load_record
 from barber_jax.stages.outliers import parse_map
 
@@ -56,11 +57,6 @@ def output_sparsity(masks: Path) -> dict[str, np.ndarray]:
     return {name: np.quantile(1 - file.read(name).mean(axis=1), [0, 0.05, 0.5, 0.95, 1]) for name in file.names()}
 
 
-def _kind(name: str) -> str:
-    """`model.layers.3.mlp.up_proj.weight` -> `up_proj`."""
-    return name.removesuffix(".weight").rpartition(".")[2]
-
-
 def _sections(title: str, record: dict, outputs: dict[str, np.ndarray]) -> Iterator[Html]:
     """Yield the HTML elements of the report; `outputs` is from `output_sparsity`."""
     from barber_jax.reports import page
@@ -80,11 +76,7 @@ def _sections(title: str, record: dict, outputs: dict[str, np.ndarray]) -> Itera
         name = "perplexity, dense → pruned" if "dense_perplexity" in record else "perplexity"
         headline.append((measured, f"{name}, {Path(record['perplexity']['source']).name}"))
     headline.append((duration(totals["seconds"]), f"on {device['count']} x {device['kind']}"))
-    memory = record.get("peak_memory", {})
-    for key, where in (("host_bytes", "host"), ("device_bytes", "device")):
-        if key in memory:
-            headline.append((f"{memory[key] / 2**30:.2f} GiB", f"peak {where} memory"))
-    yield page.numbers(headline)
+    yield page.numbers([*headline, *memory_figures(record)])
     yield page.plots(_plots(record, outputs))
     yield from _tables(record, outputs)
     yield element("h2", "Settings and environment")
@@ -116,19 +108,12 @@ def description(record: dict) -> str:
     return "; ".join(words)
 
 
-def duration(seconds: float) -> str:
-    """Format seconds as seconds, minutes or hours, depending on their size."""
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.2f} h"
-
-
 def _plots(record: dict, outputs: dict[str, np.ndarray]) -> Iterator[Html]:
     from barber_jax.reports.figures import Plots, bars, heat, lines
 
     plots, blocks = Plots(), record["blocks"]
     names = [sub["name"] for sub in blocks[0]["sub_blocks"]]
-    kinds = [_kind(name) for sub in blocks[0]["sub_blocks"] for name in sub["matrices"]]
+    kinds = [kind_of(name) for sub in blocks[0]["sub_blocks"] for name in sub["matrices"]]
     of_block = [[m for sub in block["sub_blocks"] for m in sub["matrices"].items()] for block in blocks]
     if "swaps" in record["totals"]:
         losses = {
@@ -156,7 +141,7 @@ def _ranges(outputs: dict[str, np.ndarray], kinds: list[str]):
         outputs: from `output_sparsity`.
         kinds: `q_proj`, ...
     """
-    groups = {kind: np.array([q for name, q in outputs.items() if _kind(name) == kind]) for kind in kinds}
+    groups = {kind: np.array([q for name, q in outputs.items() if kind_of(name) == kind]) for kind in kinds}
 
     def draw(axes) -> None:
         from barber_jax.reports.figures import SERIES
@@ -245,9 +230,5 @@ def _tables(record: dict, outputs: dict[str, np.ndarray]) -> Iterator[Html]:
 def _settings(record: dict, options: dict) -> Html:
     from barber_jax.reports.page import pairs
 
-    shown = [(f"--{key.replace('_', '-')}", value) for key, value in options.items() if value not in (None, False)]
-    device = record["device"]
-    shown += [("devices", f"{device['count']} x {device['kind']} ({device['platform']})")]
-    if "started_from" in record:
-        shown.append(("source of the starting masks", record["started_from"]["folder"]))
-    return pairs([*shown, *((f"{name} version", version) for name, version in record["versions"].items())])
+    origin = [("source of the starting masks", record["started_from"]["folder"])] if "started_from" in record else []
+    return pairs([*option_pairs(options), *device_pairs(record), *origin, *version_pairs(record)])

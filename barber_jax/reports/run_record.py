@@ -4,7 +4,7 @@ import importlib.metadata
 import platform
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,24 @@ LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "transformers", "datasets", "safe
 """Packages whose versions are recorded."""
 
 
-def environment(devices: list[jax.Device]) -> dict:
+def environment(devices: list[jax.Device], libraries: Sequence[str] = LIBRARIES) -> dict:
     """Entries `versions` and `device` of run.json: versions of Python and libraries, and the devices used."""
     versions = {"barber_jax": __version__, "python": platform.python_version()}
-    versions |= {name: importlib.metadata.version(name) for name in LIBRARIES}
+    versions |= {name: importlib.metadata.version(name) for name in libraries}
     return {
         "versions": versions,
         "device": {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)},
     }
+
+
+def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by name as JSON can hold them: paths become text."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
+
+
+def model_entry(model: Model) -> dict:
+    """Entry `model` of run.json."""
+    return {"model_type": model.model_type, "blocks": model.layers, "hidden": model.hidden}
 
 
 def peak_memory() -> dict[str, int]:
@@ -97,21 +107,33 @@ def load_record(folder: Path) -> dict:
     if not path.is_file():
         raise BarberError(f"{path}: no such file; give a folder that barber_jax.prune wrote")
     try:
-        record = documents.read(path)
+        content = documents.read(path)
     except (OSError, ValueError) as error:
         raise BarberError(f"{path}: not JSON ({error}); prune again") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise BarberError(f"{path}: not a record of barber_jax.prune; give a folder that it wrote")
-    if type(record.get("version")) is not int or record["version"] not in range(1, VERSION + 1):
+    return current_record(content, str(path))
+
+
+def current_record(content: Any, place: str) -> dict:
+    """Check the content of run.json and convert it to the current version.
+
+    Args:
+        place: where it was read, for messages.
+
+    Raises:
+        BarberError: it is damaged or of a newer version.
+    """
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise BarberError(f"{place}: not a record of barber_jax.prune; give a folder that it wrote")
+    if type(content.get("version")) is not int or content["version"] not in range(1, VERSION + 1):
         raise BarberError(
-            f"{path}: version {record.get('version')!r}, but this barber_jax reads versions up to {VERSION}; "
+            f"{place}: version {content.get('version')!r}, but this barber_jax reads versions up to {VERSION}; "
             "read it with the version that wrote it, or prune again"
         )
-    current = record if record["version"] == VERSION else {**_renamed(record), "version": VERSION}
+    current = content if content["version"] == VERSION else {**_renamed(content), "version": VERSION}
     try:
         check_record(current)
     except WrongStructure as error:
-        raise BarberError(f"{path}: damaged: {error}; prune again") from None
+        raise BarberError(f"{place}: damaged: {error}; prune again") from None
     return current
 
 
@@ -143,13 +165,13 @@ def run_record(
         dense_perplexity, perplexity: of the dense and the pruned model, if measured.
         allocation: fraction to prune in each block, if allocated by OWL.
     """
-    options = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
+    options = plain_options(options)
     record = {
         "format": FORMAT,
         "version": VERSION,
         "options": options,
         **environment(devices),
-        "model": {"model_type": model.model_type, "blocks": model.layers, "hidden": model.hidden},
+        "model": model_entry(model),
         "blocks": blocks,
         "totals": {**totals(blocks), "seconds": seconds},
         "peak_memory": peak_memory(),

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from cli import prune_masks
+from mutations import DAMAGE, changed, places
 
 from barber_jax.console.errors import BarberError
 from barber_jax.console.structure import WrongStructure
@@ -53,30 +54,6 @@ def test_other_versions_are_refused(folder, tmp_path, version):
     (tmp_path / "run.json").write_text(json.dumps({**load_record(folder), "version": version}))
     with pytest.raises(BarberError, match=r"run\.json: version"):
         load_record(tmp_path)
-
-
-def places(content, above=()):
-    """Path of every value in a document."""
-    for key, value in content.items() if isinstance(content, dict) else enumerate(content):
-        yield (*above, key)
-        if isinstance(value, dict | list):
-            yield from places(value, (*above, key))
-
-
-def changed(content, place, *value):
-    """A copy of a document with another value at a place, or with none."""
-    copied = json.loads(json.dumps(content))
-    inner = copied
-    for key in place[:-1]:
-        inner = inner[key]
-    if value:
-        inner[place[-1]] = value[0]
-    else:
-        del inner[place[-1]]
-    return copied
-
-
-DAMAGE = (None, True, -1, 1.5, 10**30, float("nan"), "x", [], {"a": 1})
 
 
 def test_a_damaged_record_is_refused_or_used(folder):
