@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,29 +32,70 @@ def write_model_card(folder: Path, name: str, record: Mapping[str, Any], command
     Raises:
         BarberError: the file cannot be written.
     """
+    replace_card(folder, lambda source: model_card(name, record, command, source))
+
+
+def replace_card(folder: Path, compose: Callable[[str], str]) -> None:
+    """Write README.md of a folder, composed from the text of the one that is there, "" if there is none.
+
+    Raises:
+        BarberError: the file cannot be written.
+    """
     path = folder / CARD
     source = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     with writing(path):
-        path.write_text(model_card(name, record, command, source), encoding="utf-8")
+        path.write_text(compose(source), encoding="utf-8")
 
 
 def model_card(name: str, record: Mapping[str, Any], command: Sequence[str], source: str = "") -> str:
     """Compose the text of the card; arguments as for `write_model_card`, and the dense model's card as `source`."""
     entries, below = split_card(source)
     base = str(record["options"]["ckpt"])
-    is_hub_id = HUB_ID.fullmatch(base) is not None and not Path(base).exists()
-    front: dict[str, Any] = {key: entries[key] for key in INHERITED if key in entries}
-    front |= {"base_model": base} if is_hub_id else {}
-    front |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": _tags(record)}
-    shown = base if is_hub_id else Path(base).name
+    shown = base_name(base)
     parts = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
+        front_matter(entries, base, _tags(record)),
         f"# {markdown_text(name)}",
         f"{markdown_code(shown)} with {record['totals']['sparsity']:.1%} of the weights of its decoder blocks pruned "
         f"({markdown_text(record['options']['pattern'])}) by [barber_jax](https://arxiv.org/abs/2408.10631) "
         f"{markdown_text(record['versions']['barber_jax'])}. {markdown_text(_method(record['options']))}",
         _results_table(record),
         markdown_block("python -m barber_jax.prune " + shlex.join([*command, "--out", name]), "sh"),
+        *use(name),
+        "In PyTorch, `barber_jax.convert.torch_masks.apply_masks(model, masks)` keeps pruned weights at zero during "
+        "fine-tuning. `run.json` and `report.html` describe the pruning run.",
+    ]
+    if below.strip():
+        parts.append(f"---\n\nModel card of the dense model {markdown_code(shown)}:\n\n{below.strip()}")
+    return "\n\n".join(parts) + "\n"
+
+
+def is_hub_id(checkpoint: str) -> bool:
+    """Whether a checkpoint is named by its Hub id, and not by a path."""
+    return HUB_ID.fullmatch(checkpoint) is not None and not Path(checkpoint).exists()
+
+
+def base_name(checkpoint: str) -> str:
+    """Name of a checkpoint for readers: its Hub id, or of a path the last part alone."""
+    return checkpoint if is_hub_id(checkpoint) else Path(checkpoint).name
+
+
+def front_matter(entries: Mapping[str, Any], base: str, tags: Sequence[str]) -> str:
+    """Front matter of a card.
+
+    Args:
+        entries: of the front matter of the card before; those of `INHERITED` are kept.
+        base: the dense model, a Hub id or a path.
+        tags: of the card.
+    """
+    front: dict[str, Any] = {key: entries[key] for key in INHERITED if key in entries}
+    front |= {"base_model": base} if is_hub_id(base) else {}
+    front |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": list(tags)}
+    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---"
+
+
+def use(name: str) -> list[str]:
+    """Section on how to load the model and its masks from the folder `name`."""
+    return [
         "## Use",
         markdown_block(
             "from transformers import AutoModelForCausalLM\n\n"
@@ -68,12 +109,7 @@ def model_card(name: str, record: Mapping[str, Any], command: Sequence[str], sou
             "kept = masks.read(masks.names()[0])  # bool [out, in]",
             "python",
         ),
-        "In PyTorch, `barber_jax.convert.torch_masks.apply_masks(model, masks)` keeps pruned weights at zero during "
-        "fine-tuning. `run.json` and `report.html` describe the pruning run.",
     ]
-    if below.strip():
-        parts.append(f"---\n\nModel card of the dense model {markdown_code(shown)}:\n\n{below.strip()}")
-    return "\n\n".join(parts) + "\n"
 
 
 def _quoted(text: str) -> str:
@@ -95,15 +131,12 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
 
 def _tags(record: Mapping[str, Any]) -> list[str]:
     options = record["options"]
-    pattern = options["pattern"]
-    return [
-        "sparse",
-        "pruned",
-        "llm-barber",
-        "barber_jax",
-        *([options["method"]] if options["method"] else []),
-        pattern,
-    ]
+    return sparse_tags(options["method"], options["pattern"])
+
+
+def sparse_tags(method: str | None, pattern: str, *more: str) -> list[str]:
+    """Tags of a sparse model by barber_jax: those of all, `more`, the criterion if one is known, and the pattern."""
+    return ["sparse", "pruned", *more, "llm-barber", "barber_jax", *([method] if method else []), pattern]
 
 
 def _method(options: Mapping[str, Any]) -> str:

@@ -240,7 +240,7 @@ def _losses(record: Mapping[str, Any], keys: Sequence[str], names: Sequence[str]
                 axes.plot(at, held_out, "o-", color=dark, label=f"held-out{label}")
                 best = [each["step"] for each in evaluations].index(record["best_step"])
                 mark = {"markersize": 9, "color": dark, "linestyle": "none"}
-                axes.plot(at[best], held_out[best], "*", label=f"best{label}", **mark)
+                axes.plot(at[best], held_out[best], "*", label=None if index else "best step", **mark)
         axes.set(xlabel="step", ylabel="nats per token")
         axes.grid(True, axis="y", alpha=0.5)
         if axes.lines:
@@ -250,11 +250,14 @@ def _losses(record: Mapping[str, Any], keys: Sequence[str], names: Sequence[str]
 
 
 def _curve(training: Sequence[Mapping[str, Any]], key: str, label: str, log: bool = False):
-    """Return a function that draws one entry of `training` over the steps."""
+    """Return a function that draws one entry of `training` over the steps; with `log`, smoothed, on such an axis."""
 
     def draw(axes) -> None:
         values = _shown([each[key] for each in training])
-        axes.plot([float(each["step"]) for each in training], values)
+        steps = [float(each["step"]) for each in training]
+        axes.plot(steps, smoothed(values) if log else values)
+        if log:
+            axes.plot(steps, values, color=axes.lines[0].get_color(), alpha=0.25, linewidth=0.7)
         if log and np.all(values[np.isfinite(values)] > 0):
             axes.set_yscale("log")
         axes.set(xlabel="step", ylabel=label)
