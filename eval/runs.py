@@ -1,4 +1,4 @@
-"""Read the folders that a study compares: run.json, and perplexity and zero-shot results where there are any."""
+"""Read the folders that a study compares: run.json or recover.json, perplexity, zero-shot results."""
 
 import dataclasses
 import os
@@ -10,10 +10,11 @@ from barber_jax.console import documents
 from barber_jax.console.errors import BarberError
 from barber_jax.console.files import expand
 from barber_jax.console.structure import fields, integer, mapping, number, optional, text
-from barber_jax.convert.export import MASKS, RUN, START_MASKS
+from barber_jax.convert.export import MASKS, RECOVERED, RUN, START_MASKS
 from barber_jax.devices.options import PROCESS_OPTIONS
 from barber_jax.eval.perplexity import read_results
 from barber_jax.reports.record_check import ALLOCATION
+from barber_jax.reports.recover_record import read_recover_record
 from barber_jax.reports.run_record import load_record
 from barber_jax.stages.rebuild import RebuildOptions
 
@@ -23,6 +24,14 @@ REBUILD_OPTIONS = tuple(field.name for field in dataclasses.fields(RebuildOption
 """Options that only the rebuild uses."""
 OTHER_STAGE_OPTIONS = tuple(field.name for field in dataclasses.fields(BeyondOptions))
 """Options of the other stages."""
+RECOVERY = "recover."
+"""Prefix of the options of a recovery among the settings of a run."""
+_NOT_COMPARED = (
+    *("out", "masks", "sparse_ckpt", "overwrite", "resume", "verbose", "compilation_cache", "eval_text"),
+    *("eval_dataset", "eval_windows", "save_start", "format", *PROCESS_OPTIONS),
+)
+_NOT_COMPARED_OF_A_RECOVERY = (*_NOT_COMPARED, "ckpt", "eval_every", "log_dir")
+"""Options without effect on the result, or that another one stands for."""
 _ZERO_SHOT = fields(
     {
         "format": text,
@@ -42,7 +51,9 @@ class Run:
     Attributes:
         name: label in tables and plots.
         folder: where it was read from.
-        record: content of run.json; None for a folder that holds evaluation results only, as for a dense model.
+        record: content of run.json, for a recovered checkpoint that of the pruned one; None where there is none, as for
+            a dense model.
+        recovered: content of recover.json; None for a checkpoint that was not recovered.
         perplexity: path or dataset name of a text -> perplexity.
         zero_shot: task -> accuracy in [0, 1], and `mean` over the tasks.
         limit: largest number of documents evaluated for each zero-shot task; None for all.
@@ -54,6 +65,12 @@ class Run:
     perplexity: dict[str, float] = field(default_factory=dict)
     zero_shot: dict[str, float] = field(default_factory=dict)
     limit: int | None = None
+    recovered: dict | None = None
+
+    @property
+    def latest(self) -> dict | None:
+        """The record of the command that wrote the folder, recover.json or run.json; None where there is neither."""
+        return self.recovered or self.record
 
     @property
     def masks(self) -> Path | None:
@@ -76,14 +93,21 @@ class Run:
         """Options that determine the result, by name.
 
         A run that was given its starting masks has the method and allocation of the run that made them. Options of the
-        rebuild are None where there was none.
+        rebuild are None where there was none. The names of a recovery's own begin with `RECOVERY`.
         """
+        return {**self._pruning_settings, **self._recovery_settings}
+
+    @property
+    def _recovery_settings(self) -> dict:
+        options = self.recovered["options"] if self.recovered else {}
+        return {RECOVERY + key: value for key, value in options.items() if key not in _NOT_COMPARED_OF_A_RECOVERY}
+
+    @property
+    def _pruning_settings(self) -> dict:
         if self.record is None:
             return {}
         options, start = self.record["options"], self.record.get("started_from")
-        skipped = ("out", "masks", "sparse_ckpt", "overwrite", "resume", "verbose", "compilation_cache", "eval_text")
-        skipped += ("eval_dataset", "eval_windows", "save_start", "format", *PROCESS_OPTIONS)
-        kept = {key: value for key, value in options.items() if key not in skipped}
+        kept = {key: value for key, value in options.items() if key not in _NOT_COMPARED}
         if start:
             kept |= {name: start[name] for name in ("method", *ALLOCATION) if name in start}
         # SparseGPT's starting masks are slightly sparser than --sparsity.
@@ -94,10 +118,33 @@ class Run:
 
     @property
     def seconds(self) -> float | None:
-        """Seconds of the whole run, including the run that made its starting masks."""
-        if self.record is None:
+        """Seconds of the whole run, including the run that made its starting masks, and of all recoveries."""
+        if self.latest is None:
             return None
-        return self.record["totals"]["seconds"] + self.record.get("started_from", {}).get("seconds", 0.0)
+        run = self.record or {}
+        pruning = run.get("totals", {}).get("seconds", 0.0) + run.get("started_from", {}).get("seconds", 0.0)
+        return pruning + self.seconds_recovering
+
+    @property
+    def seconds_recovering(self) -> float:
+        """Seconds of the recovery, and of those before it."""
+        if self.recovered is None:
+            return 0.0
+        return self.recovered["seconds"] + (self.recovered["source"].get("recovered") or {}).get("seconds", 0.0)
+
+    @property
+    def tokens_recovering(self) -> int | None:
+        """Tokens that the recovery, and those before it, trained on; None for a checkpoint that was not recovered."""
+        if self.recovered is None:
+            return None
+        return self.recovered["tokens"] + (self.recovered["source"].get("recovered") or {}).get("tokens", 0)
+
+    @property
+    def sparsity(self) -> float | None:
+        """Fraction pruned of the prunable weights; None for a dense model."""
+        if self.record:
+            return self.record["totals"]["sparsity"]
+        return self.recovered["sparsity"] if self.recovered else None
 
     @property
     def model(self) -> dict | None:
@@ -114,17 +161,21 @@ def load_run(folder: Path, name: str | None = None) -> Run:
         name: label of the run; None: the folder's name.
 
     Raises:
-        BarberError: the folder holds neither run.json nor evaluation results, or a file is damaged or of another
-            version.
+        BarberError: the folder holds neither run.json nor recover.json nor evaluation results, or a file is damaged or
+            of another version.
     """
     folder = expand(folder)
     perplexity_file, zero_shot_file = folder / PERPLEXITY_FILE, folder / ZERO_SHOT_FILE
-    if not any(path.is_file() for path in (folder / RUN, perplexity_file, zero_shot_file)):
-        raise BarberError(f"{folder}: holds no {RUN}; give a folder that barber_jax.prune wrote")
-    record = load_record(folder) if (folder / RUN).is_file() else None
-    run = Run(name or folder.resolve().name, folder, record)
-    if record and "perplexity" in record:
-        run.perplexity[record["perplexity"]["source"]] = record["perplexity"]["perplexity"]
+    if not any(path.is_file() for path in (folder / RUN, folder / RECOVERED, perplexity_file, zero_shot_file)):
+        raise BarberError(f"{folder}: holds no {RUN}; give a folder that barber_jax.prune or barber_jax.recover wrote")
+    run = Run(name or folder.resolve().name, folder, None)
+    if (folder / RECOVERED).is_file():
+        run.recovered = read_recover_record(folder)
+        run.record = run.recovered["source"]["run"]
+    elif (folder / RUN).is_file():
+        run.record = load_record(folder)
+    if measured := (run.latest or {}).get("perplexity"):
+        run.perplexity[measured["source"]] = measured["perplexity"]
     if perplexity_file.is_file():
         run.perplexity |= {each["source"]: each["perplexity"] for each in read_results(perplexity_file)}
     if zero_shot_file.is_file():

@@ -22,15 +22,17 @@ from barber_jax.reports.markup import markdown_text
 
 MAX_PRINTED_PAIRS = 30
 """With more pairs of runs than this, study.md leaves the agreement table to study.html."""
+RECOVERED_FIGURES = ("steps", "tokens", "evaluations", "best_step", "written", "seconds", "tokens_per_second")
+"""Entries of recover.json that study.json repeats."""
 
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """Compare runs of barber_jax.prune, or prune with a grid of settings and compare the results."""
+    """Compare runs of barber_jax.prune or barber_jax.recover, or prune with a grid of settings and compare these."""
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    """Folders that barber_jax.prune wrote; perplexity.json and zero_shot.json in them are read too. Or folders that
-    barber_jax.eval.device_check wrote."""
+    """Folders that barber_jax.prune or barber_jax.recover wrote; perplexity.json and zero_shot.json in them are read
+    too. Or folders that barber_jax.eval.device_check wrote."""
     out: Path = Path("study")
     """Folder to write study.md, study.json and study.html to; with --grid also the runs."""
     grid: tuple[Path, ...] = ()
@@ -58,7 +60,9 @@ def as_json(runs: list[Run], pairs: Pairs, checks: device_page.Checks) -> dict:
             "zero_shot": run.zero_shot,
             "zero_shot_limit": run.limit,
             "seconds": run.seconds,
-            **{key: run.record[key] for key in ("totals", "peak_memory", "device", "versions") if run.record},
+            **({"totals": run.record["totals"]} if run.record else {}),
+            **{key: run.latest[key] for key in ("peak_memory", "device", "versions") if run.latest},
+            **({"recovered": {key: run.recovered[key] for key in RECOVERED_FIGURES}} if run.recovered else {}),
         }
         for run in runs
     ]

@@ -78,20 +78,27 @@ def _measurement_plots(runs: list[Run]) -> Iterator[Html]:
     means = {run.name: 100 * run.zero_shot["mean"] for run in runs if "mean" in run.zero_shot}
     if means:
         yield drawn.draw(_dot_plot({"mean": means}, "accuracy (%)"), "Zero-shot mean accuracy", size)
-    pruned = [run for run in runs if run.record]
-    stages = list(dict.fromkeys(s for run in pruned for s in run.record["totals"]["seconds_per_stage"]))
-    seconds = {s: [run.record["totals"]["seconds_per_stage"].get(s, 0.0) for run in pruned] for s in stages}
+    pruned = [run for run in runs if run.latest]
+    records = [run.record or {} for run in pruned]
+    stages = list(dict.fromkeys(stage for each in records for stage in _stage_seconds(each)))
+    seconds = {stage: [_stage_seconds(each).get(stage, 0.0) for each in records] for stage in stages}
     seconds["starting masks, made by another run"] = [
-        run.record.get("started_from", {}).get("seconds", 0.0) for run in pruned
+        each.get("started_from", {}).get("seconds", 0.0) for each in records
     ]
+    if any(run.recovered for run in pruned):
+        seconds["recovery"] = [run.seconds_recovering for run in pruned]
     if pruned:
         yield drawn.draw(stacked(seconds, [run.name for run in pruned], "seconds"), "Time in each stage", size)
         memory = {
-            where: {r.name: r.record["peak_memory"][key] / 2**30 for r in pruned if key in r.record["peak_memory"]}
+            where: {r.name: r.latest["peak_memory"][key] / 2**30 for r in pruned if key in r.latest["peak_memory"]}
             for key, where in (("host_bytes", "host"), ("device_bytes", "device"))
         }
         measured = {where: values for where, values in memory.items() if values}
         yield drawn.draw(_dot_plot(measured, "GiB"), "Peak memory", size)
+
+
+def _stage_seconds(record: dict) -> dict[str, float]:
+    return record.get("totals", {}).get("seconds_per_stage", {})
 
 
 def _agreement_plots(pairs: Pairs) -> Iterator[Html]:

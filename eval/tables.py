@@ -7,13 +7,18 @@ from statistics import mean, stdev
 
 from barber_jax.console.options import flag
 from barber_jax.eval.agreement import Overlap
-from barber_jax.eval.runs import REBUILD_OPTIONS, Run
+from barber_jax.eval.runs import REBUILD_OPTIONS, RECOVERY, Run
 from barber_jax.reports.markup import markdown_text
+from barber_jax.reports.recover_page import held_out_losses
 
 Table = tuple[list[str], list[list[str]]]
 """Header cells, and rows of cells."""
 Pairs = list[tuple[Run, Run, Overlap, Overlap | None]]
 """Pairs of runs, each with the overlap of pruned weights and that of swapped weights (None where unknown)."""
+
+
+SEEDS = ("seed", f"{RECOVERY}seed")
+"""Settings that only choose the random numbers."""
 
 
 @dataclass(frozen=True)
@@ -50,31 +55,40 @@ def measured_columns(runs: list[Run]) -> list[Column]:
     def recorded(part: str, key: str) -> Callable[[Run], float | None]:
         return lambda run: (run.record or {}).get(part, {}).get(key)
 
+    def held_out(index: int) -> Callable[[Run], float | None]:
+        return lambda run: (held_out_losses(run.recovered) or (None, None))[index] if run.recovered else None
+
+    def memory(key: str) -> Callable[[Run], float | None]:
+        return lambda run: (run.latest or {}).get("peak_memory", {}).get(key)
+
     sources = dict.fromkeys(source for run in runs for source in run.perplexity)
     tasks = dict.fromkeys(task for run in runs for task in run.zero_shot)
-    columns = [Column("sparsity", recorded("totals", "sparsity"), ".4f")]
+    columns = [Column("sparsity", lambda run: run.sparsity, ".4f")]
     columns += [Column(f"perplexity, {Path(s).name}", lambda run, s=s: run.perplexity.get(s), ".2f") for s in sources]
     columns += [
         Column(_task_title(task, runs), lambda run, task=task: run.zero_shot.get(task), ".2f", 100) for task in tasks
     ]
     columns += [Column("swaps", recorded("totals", "swaps"), ",.0f")]
     columns += [Column(f"loss {when}", recorded("totals", f"loss_{when}"), ".4g") for when in ("before", "after")]
+    columns += [Column(f"held-out loss {when}", held_out(i), ".4f") for i, when in enumerate(("before", "recovered"))]
+    columns += [Column("tokens/s", lambda run: (run.recovered or {}).get("tokens_per_second"), ",.0f")]
     columns += [Column("seconds", lambda run: run.seconds, ".1f")]
-    columns += [
-        Column(f"GiB {where}", recorded("peak_memory", f"{where}_bytes"), ".2f", 2**-30) for where in ("host", "device")
-    ]
+    columns += [Column(f"GiB {where}", memory(f"{where}_bytes"), ".2f", 2**-30) for where in ("host", "device")]
     return [column for column in columns if any(column.value(run) is not None for run in runs)]
 
 
 def runs_table(runs: list[Run]) -> Table:
-    """One row per run: its name, the options in which runs differ, measured values, and the device."""
+    """One row per run: its name, tokens it was recovered on, options in which runs differ, measured values, device."""
     varied, columns = _varied_options(runs), measured_columns(runs)
-    head = ["run", *map(flag, varied), *(column.title for column in columns)]
+    recovered = [_recovered(run) for run in runs] if any(run.recovered for run in runs) else None
+    head = ["run", *(["recovered"] if recovered else []), *map(_title, varied), *(column.title for column in columns)]
     rows = [
         [run.name, *_option_values(run, varied), *(column.cell(column.value(run)) for column in columns)]
         for run in runs
     ]
-    devices = [(run.record or {}).get("device") for run in runs]
+    for row, cell in zip(rows, recovered or [], strict=False):
+        row.insert(1, cell)
+    devices = [(run.latest or {}).get("device") for run in runs]
     if any(devices):
         head.append("device")
         for row, device in zip(rows, devices, strict=True):
@@ -89,18 +103,18 @@ def seeds_table(runs: list[Run]) -> Table | None:
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        if run.record:
-            groups.setdefault(str(sorted({**run.settings, "seed": None}.items())), []).append(run)
-    several = [group for group in groups.values() if len({run.settings["seed"] for run in group}) > 1]
+        if run.settings:
+            groups.setdefault(str(sorted({**run.settings, **dict.fromkeys(SEEDS)}.items())), []).append(run)
+    several = [group for group in groups.values() if len({_seeds(run) for run in group}) > 1]
     if not several:
         return None
-    varied = [key for key in _varied_options([run for group in several for run in group]) if key != "seed"]
+    varied = [key for key in _varied_options([run for group in several for run in group]) if key not in SEEDS]
     columns = measured_columns([run for group in several for run in group])
     rows = [
         [str(len(group)), *_option_values(group[0], varied), *(column.mean_and_deviation(group) for column in columns)]
         for group in several
     ]
-    return ["runs", *map(flag, varied), *(column.title for column in columns)], rows
+    return ["runs", *map(_title, varied), *(column.title for column in columns)], rows
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -126,14 +140,31 @@ def agreement_table(pairs: Pairs) -> Table:
 
 
 def _varied_options(runs: list[Run]) -> list[str]:
-    """Options in which the pruned runs differ."""
-    settings = [run.settings for run in runs if run.record]
+    """Options in which the pruned runs differ, and those in which the recovered ones do."""
+    pruned = [run.settings for run in runs if run.record]
+    recovered = [run.settings for run in runs if run.recovered]
 
     def differs(key: str) -> bool:
         # Options of the rebuild have no effect on a run without one.
-        return len({str(each.get(key)) for each in settings if each["rebuild"] or key not in REBUILD_OPTIONS}) > 1
+        those = recovered if key.startswith(RECOVERY) else pruned
+        return len({str(each.get(key)) for each in those if key not in REBUILD_OPTIONS or each["rebuild"]}) > 1
 
-    return [key for key in dict.fromkeys(key for each in settings for key in each) if differs(key)]
+    return [key for key in dict.fromkeys(key for each in [*pruned, *recovered] for key in each) if differs(key)]
+
+
+def _title(option: str) -> str:
+    """Header of an option's column: `--rate`, or `recover --rate` for that of a recovery."""
+    name = option.removeprefix(RECOVERY)
+    return flag(name) if name == option else f"recover {flag(name)}"
+
+
+def _recovered(run: Run) -> str:
+    """Tokens that a run was recovered on, "" for none."""
+    return "" if run.tokens_recovering is None else f"{run.tokens_recovering:,} tokens"
+
+
+def _seeds(run: Run) -> tuple:
+    return tuple(run.settings.get(seed) for seed in SEEDS)
 
 
 def _option_values(run: Run, options: list[str]) -> list[str]:
