@@ -38,6 +38,7 @@ from barber_jax.masks.selection import Selection
 from barber_jax.models import build_model
 from barber_jax.models.family import Model
 from barber_jax.reports.model_card import write_model_card
+from barber_jax.reports.page import try_writing
 from barber_jax.reports.report_page import write_report
 from barber_jax.reports.run_record import run_record
 from barber_jax.reports.summary import headline, summary
@@ -168,7 +169,7 @@ def publish(config: PruneConfig, record: dict, writer: FolderWriter, state: RunS
     """Complete the output folder with everything about the run, give it its final name, and delete the run state."""
     writer.write_json(RUN, record)
     write_model_card(writer.folder, config.out.name, record, config.command_line())
-    try_report(writer.folder, config.out, progress)
+    try_writing(lambda: write_report(writer.folder, config.out.name), config.out, progress.say)
     apply_format(writer.folder, config.format)
     interrupt.check()
     with interrupt.deferred():
@@ -262,25 +263,6 @@ def write_blocks(pruning: Pruning, writer: FolderWriter | None, phase) -> list[d
     if writer:
         writer.finish(written)
     return blocks
-
-
-def try_report(folder: Path, out: Path, progress: Progress) -> None:
-    """Write report.html. If a plot cannot be drawn, only print a line, so that the run's result is not lost.
-
-    Args:
-        folder: output folder.
-        out: its final name.
-
-    Raises:
-        BarberError: the report cannot be written to disk.
-    """
-    try:
-        write_report(folder, out.name)
-    except BarberError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        progress.say(f"report.html could not be written ({reason}); to retry, run python -m barber_jax.report {out}")
 
 
 def run(arguments: list[str] | None = None) -> None:

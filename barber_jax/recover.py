@@ -2,57 +2,40 @@
 
 import contextlib
 import dataclasses
-import math
-import os
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
+from barber_jax.config import PruneConfig
 from barber_jax.console import interrupt
-from barber_jax.console.errors import BarberError, exit_with_one_line
-from barber_jax.console.options import flag
+from barber_jax.console.errors import BarberError, DamagedInput, exit_with_one_line
 from barber_jax.console.progress import Progress
-from barber_jax.convert.checkpoint import Checkpoint, open_checkpoint
-from barber_jax.convert.export import RECOVER, FolderWriter, claimed, sibling_path
+from barber_jax.convert.export import RECOVERED, FolderWriter, claimed, sibling_path
 from barber_jax.convert.hf_folder import HFFolder
-from barber_jax.convert.parameters import check_tensors
-from barber_jax.data.packing import PackedText, batches, open_text
+from barber_jax.data.packing import batches
 from barber_jax.devices.hosts import join
-from barber_jax.devices.mesh import Devices, is_primary, require_agreement
-from barber_jax.devices.options import PROCESS_OPTIONS, parse_mesh
+from barber_jax.devices.mesh import is_primary
 from barber_jax.devices.peak import matmul_rates
 from barber_jax.devices.settings import prepare_jax
-from barber_jax.forward.evaluation import evaluation_windows, measure_perplexity
-from barber_jax.models import build_model
-from barber_jax.models.family import Model
-from barber_jax.recovery import RecoverConfig, training
+from barber_jax.forward.evaluation import measure_perplexity
+from barber_jax.recovery import training
 from barber_jax.recovery.checkpoints import Checkpoints
 from barber_jax.recovery.cost import operations_per_token
+from barber_jax.recovery.inputs import Prepared, compute_dtype, prepare
 from barber_jax.recovery.loop import Log, Outcome, Setup, run_steps
 from barber_jax.recovery.objective import Objective
 from barber_jax.recovery.program import ALL, Program, load, load_masks
+from barber_jax.recovery.recover_config import RecoverConfig
 from barber_jax.recovery.result import write_result
-from barber_jax.recovery.source import MaskSource, open_masks
-from barber_jax.reports.events import EventLog
-from barber_jax.reports.model_card import write_model_card
+from barber_jax.reports.page import try_writing
+from barber_jax.reports.recover_card import write_recover_card
 from barber_jax.reports.recover_page import write_recover_report
-from barber_jax.reports.recover_record import recover_record
-from barber_jax.run.fingerprint import array_fingerprint, fingerprint
-
-MICRO_BATCH_TOKENS = {"cpu": 2048}
-"""Platform -> tokens of each device in a micro-batch, unless --micro-batch is given; elsewhere `MANY_TOKENS`."""
-MANY_TOKENS = 16384
-NOT_COMPARED = (
-    *("ckpt", "teacher", "masks", "text", "text_field", "tokens", "steps", "out", "keep", "log_dir"),
-    *("overwrite", "resume", "verbose", "eval_text", "eval_dataset", "eval_windows", "compilation_cache"),
-    *PROCESS_OPTIONS,
-)
-"""Options that do not change the weights of a step, and options that name inputs, whose content is compared."""
+from barber_jax.reports.recover_record import recover_record, source_entry
+from barber_jax.reports.summary import recover_headline, recover_summary
 
 
 def recover(config: RecoverConfig) -> dict:
@@ -71,79 +54,202 @@ def recover(config: RecoverConfig) -> dict:
         return _recover(config)
 
 
-@dataclass
-class Prepared:
-    """All that a run needs, read and checked before the long computation.
-
-    Attributes:
-        config: options, with what depends on the inputs filled in: steps, micro_batch, eval_every.
-        checkpoint, teacher, model: the pruned checkpoint, the dense one, and what both are.
-        masks: of the pruned checkpoint.
-        text: windows to train on, and held out.
-        windows: int32 [windows, length] evaluation tokens; None to evaluate nothing.
-        devices: to compute on.
-        identity: what must be the same for the run to be resumed.
-    """
-
-    config: RecoverConfig
-    checkpoint: Checkpoint
-    teacher: Checkpoint | None
-    model: Model
-    masks: MaskSource
-    text: PackedText
-    windows: np.ndarray | None
-    devices: Devices
-    identity: dict[str, Any]
-
-
 def _recover(config: RecoverConfig) -> dict:
     """Do what `recover` does, with --out claimed."""
     start_time = time.perf_counter()
     with contextlib.ExitStack() as stack, jax.default_matmul_precision(config.matmul_precision):
         progress = stack.enter_context(Progress(config.verbose, silent=not is_primary()))
         run = prepare(config, progress)
-        config = run.config
-        measure = lambda checkpoint, name: measure_perplexity(config, run.model, run.windows, progress, checkpoint, name)  # noqa: E731, E501
-        writer = stack.enter_context(_writer(run)) if is_primary() else None
-        checkpoints = stack.enter_context(_checkpoints(run))
-        events = stack.enter_context(EventLog(config.log_dir)) if writer and config.log_dir else None
-        progress.say(headline(run))
-        measured = {}
+        config, measured = run.config, {}
+        writer = stack.enter_context(open_writer(run)) if is_primary() else None
+        checkpoints = stack.enter_context(open_checkpoints(run))
+        events = (
+            stack.enter_context(contextlib.closing(EventLog(config.log_dir))) if writer and config.log_dir else None
+        )
+        sparsity = f"{run.masks.sparsity:.4f} ({run.masks.pattern})"
+        progress.say(recover_headline(config.as_dict(), run.model, run.devices, sparsity, run.text.tokens))
+        measure = partial(measure_perplexity, config, run.model, run.windows, progress)
         if writer:
             measured["dense_perplexity"] = measure(run.teacher, "teacher") if run.teacher else None
             measured["start_perplexity"] = measure(run.checkpoint, "pruned model")
         with run.devices.context():
-            peak = max(matmul_rates(run.model, config.micro_batch * config.length, _dtype(config)).values())
+            peak = max(matmul_rates(run.model, config.micro_batch * config.length, compute_dtype(config)).values())
             setup, state = begin(run)
             outcome = train(run, setup, state, checkpoints, progress, events)
-            values, written_step = chosen(config, setup, outcome, checkpoints)
-            movement = write_result(run.checkpoint, run.model, run.masks, run.devices, writer, values)
+            with keeping(checkpoints, progress):
+                values, written = chosen_values(config, setup, outcome, checkpoints)
+                movement = write_result(run.checkpoint, run.model, run.masks, run.devices, writer, values)
+                if writer:
+                    measured["perplexity"] = measure(HFFolder(writer.folder), "recovered model")
+        log, source = outcome.log, source_entry(run.checkpoint.location)
         record = recover_record(
-            options=config.as_dict(),
-            model=run.model,
-            devices=run.devices.used,
-            source=run.checkpoint.location,
-            masks=run.masks,
-            log=vars(outcome.log),
-            written_step=written_step,
-            diverged=outcome.diverged,
+            config.as_dict(),
+            run.model,
+            run.devices.used,
+            commands={"recover": config.command_line(), "prune": prune_command(source["run"])},
+            source=source,
+            sparsity=run.masks.sparsity,
+            pattern=run.masks.pattern,
+            steps=len(log.training),
+            tokens_per_step=config.batch * config.length,
+            training=log.training,
+            evaluations=log.evaluations,
+            best_step=log.best_step,
+            written=written,
             movement=movement,
-            tokens_per_second=outcome.tokens_per_second,
-            operations_per_token=operations_per_token(
-                run.model, config.length, config.scope, teacher=run.teacher is not None
-            ),
-            matmul_flops=peak * len(run.devices.used),
-            perplexity=measure(HFFolder(writer.folder), "recovered model") if writer else None,
             seconds=time.perf_counter() - start_time,
+            seconds_training=log.seconds,
+            operations_per_token=operations_per_token(run.model, config.length, config.scope, bool(run.teacher)),
+            matmul_flops=peak * len(run.devices.used),
             **measured,
         )
         if writer:
-            publish(run, record, writer, progress)
+            publish(config, record, writer, progress)
         checkpoints.remove()
-        progress.say(summary(record))
+        progress.say(recover_summary(record))
     if outcome.diverged is not None:
         raise BarberError(
-            f"--rate {config.rate:g}: the loss of step {outcome.diverged} is not finite; {config.out} holds the "
-            f"weights of step {written_step}, the best before it; lower --rate"
+            f"--rate {config.rate:g}: loss or gradient of step {outcome.diverged} is not finite; {config.out} holds "
+            f"the weights of step {log.best_step}, the best before it; lower --rate"
         )
     return record
+
+
+def open_writer(run: Prepared) -> FolderWriter:
+    """Open the output folder. Raises `BarberError`."""
+    pattern = (run.masks.pattern, run.masks.sparsity)
+    return FolderWriter(run.config.out, run.checkpoint, run.model.pruned_names(), *pattern)
+
+
+def open_checkpoints(run: Prepared) -> Checkpoints:
+    """Start or resume the run. Raises `BarberError`."""
+    folder = sibling_path(run.config.out, ".run")
+    if run.config.resume:
+        return Checkpoints.resume(folder, run.identity)
+    return Checkpoints.create(folder, run.identity, run.config.overwrite)
+
+
+def begin(run: Prepared) -> tuple[Setup, training.State]:
+    """Load the models to the devices and make what a training starts from."""
+    config, model, devices = run.config, run.model, run.devices
+    program = Program.of(model, config.remat)
+    parameters = load(run.checkpoint, model, devices)
+    masks = load_masks(run.masks.read, model, devices)
+    teacher = load(run.teacher, model, devices) if run.teacher else {}
+    trained, frozen = training.split(parameters, program, config.scope)
+    frozen = {name: training.zero_pruned_kernel(value, masks.get(name)) for name, value in frozen.items()}
+    objective = Objective(program, config.mix if teacher else 1.0, len(devices.used))
+    plan = training.Plan(objective, config.clip, devices.shape)
+    state, scales = training.begin(plan, trained, frozen, masks, config.rank or 0, config.seed)
+    held_out = run.text.held_out.reshape(
+        -1, _divisor(config.held_out, config.micro_batch, len(devices.used)), config.length
+    )
+    every = config.eval_every
+    setup = Setup(
+        plan=plan,
+        scales=scales,
+        frozen=frozen,
+        masks=masks,
+        teacher=teacher,
+        dtypes=tuple((name, str(value.dtype)) for name, value in trained.items()),
+        rates=training.learning_rates(config.rate, config.steps, config.warm_up),
+        held_out=devices.put(held_out, None, ALL),
+        evaluate_at=frozenset([*range(every, config.steps, every), config.steps]),
+        micro_batch=config.micro_batch,
+        devices=devices,
+    )
+    return setup, state
+
+
+def _divisor(count: int, most: int, multiple: int) -> int:
+    """Largest divisor of `count` that is a multiple of `multiple` and at most `most`, which `multiple` divides."""
+    return max(size for size in range(multiple, most + 1, multiple) if count % size == 0)
+
+
+def train(
+    run: Prepared,
+    setup: Setup,
+    state: training.State,
+    checkpoints: Checkpoints,
+    progress: Progress,
+    events: Any,
+) -> Outcome:
+    """Train from the start, or from the last checkpoint of a run that is resumed."""
+    config = run.config
+    iterator = batches(
+        run.text,
+        batch=config.batch,
+        seed=config.seed,
+        process=jax.process_index(),
+        processes=jax.process_count(),
+    )
+    log, steps = Log(), checkpoints.steps()
+    if steps:
+        state, kept = checkpoints.restore(steps[-1], state)
+        log = Log(**kept["log"])
+        iterator.set_state(kept["text"])
+        progress.say(f"resuming after step {steps[-1]} of {config.steps}")
+    report = events.scalars if events else lambda step, figures: None
+    bar = progress.steps("recovering", config.steps, start=steps[-1] if steps else 0)
+    with bar as shown, keeping(checkpoints, progress):
+        return run_steps(setup, state, log, iterator, checkpoints, shown, report)
+
+
+@contextlib.contextmanager
+def keeping(checkpoints: Checkpoints, progress: Progress) -> Iterator[None]:
+    """On an error, say how to continue from the last checkpoint, or delete what is there if nothing was trained."""
+    try:
+        yield
+    except BaseException as error:
+        step = max(checkpoints.steps(), default=0)
+        if step and not isinstance(error, DamagedInput):
+            kept = f"step {step} is kept in {checkpoints.folder}"
+            progress.say(f"{kept}; the same command with --resume continues from there")
+        elif jax.process_count() == 1:
+            checkpoints.remove()
+        raise
+
+
+def chosen_values(
+    config: RecoverConfig, setup: Setup, outcome: Outcome, checkpoints: Checkpoints
+) -> tuple[dict[str, jax.Array], str]:
+    """The parameters to write, and whether they are the best or the last."""
+    last = config.keep == "last" and outcome.diverged is None
+    values, best = outcome.state.values, outcome.log.best_step
+    if not last and best != int(outcome.state.step):
+        values = checkpoints.restore(best, outcome.state)[0].values
+    return training.final_kernels(values, setup.frozen, setup.masks, setup.plan.mesh), "last" if last else "best"
+
+
+def publish(config: RecoverConfig, record: dict, writer: FolderWriter, progress: Progress) -> None:
+    """Complete the output folder with everything about the run and give it its final name."""
+    writer.write_json(RECOVERED, record)
+    write_recover_card(writer.folder, config.out.name, record)
+    try_writing(partial(write_recover_report, writer.folder, config.out.name), config.out, progress.say)
+    interrupt.check()
+    with interrupt.deferred():
+        writer.publish()
+
+
+def prune_command(record: Mapping[str, Any] | None) -> list[str] | None:
+    """Options of barber_jax.prune that give a checkpoint, from its run.json; None where they are not known."""
+    if not record:
+        return None
+    known = {field.name for field in dataclasses.fields(PruneConfig)}
+    try:
+        return PruneConfig(**{name: value for name, value in record["options"].items() if name in known}).command_line()
+    except BarberError:
+        # Written by a version with other options: no reason to lose the result.
+        return None
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Run the command with command-line arguments (default sys.argv)."""
+    config = RecoverConfig.parse("barber_jax.recover", arguments)
+    prepare_jax(config.compilation_cache, config.matmul_precision)
+    join(config.coordinator, config.processes, config.process, config.public_coordinator)
+    recover(config)
+
+
+if __name__ == "__main__":
+    exit_with_one_line(run)

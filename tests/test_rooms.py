@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = (
-    *("console", "masks", "models", "data", "convert", "devices", "forward", "criteria", "stages", "run", "reports"),
-    "eval",
+    *("console", "masks", "models", "data", "convert", "devices", "forward", "criteria", "stages", "run"),
+    *("recovery", "reports", "eval"),
 )
 """Lowest first; `eval` stands above the commands and the configuration at the top of barber_jax/."""
 FOLDERS = {room: ROOT / room if room in ("convert", "eval") else ROOT / "barber_jax" / room for room in ROOMS}

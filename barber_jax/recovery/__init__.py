@@ -1,6 +1,6 @@
 """Recovery: trains the surviving weights of a whole pruned model while its pruned weights stay zero.
 
-May import: console, masks, models, data, convert, devices, forward, run.
+May import: console, masks, models, data, convert, devices, forward, criteria, run.
 
 | module | holds |
 |---|---|
@@ -9,8 +9,10 @@ May import: console, masks, models, data, convert, devices, forward, run.
 | `lora` | low-rank updates under a mask |
 | `objective` | the loss, chunk by chunk over the vocabulary, and its gradient |
 | `training` | one optimizer step; losses on held-out text |
+| `inputs` | all that a recovery needs, opened and checked |
 | `source` | the masks and weights that a recovery starts from |
 | `checkpoints` | what survives a crash: weights, moments, position in the text |
 | `loop` | the loop over steps |
+| `result` | writes the recovered checkpoint |
 | `cost` | operations and memory of a step, as arithmetic |
 """

@@ -34,7 +34,10 @@ class Checkpoints:
     def __init__(self, folder: Path):
         self.folder = folder
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=None, create=False, save_root_metadata=False, enable_async_checkpointing=False,
+            max_to_keep=None,
+            create=False,
+            save_root_metadata=False,
+            enable_async_checkpointing=False,
             cleanup_tmp_directories=True,
         )
         self._manager = ocp.CheckpointManager(folder, options=options)
@@ -79,7 +82,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of which there are checkpoints, ascending."""
-        return sorted(self._manager.all_steps(read=True))
+        return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: State, progress: dict, keep: set[int]) -> None:
         """Write a checkpoint; when it is complete, delete all others but those of the steps in `keep`.

@@ -15,8 +15,8 @@ FLOAT = 4
 def operations_per_token(model: Model, length: int, scope: Scope, teacher: bool) -> int:
     """Operations of matrix products that training on one token needs, of a window of `length`.
 
-    Of the sparse model a forward pass and its gradient, twice a forward pass where a matrix is trained; of the teacher a
-    forward pass. What is computed a second time to save memory is not counted, nor is elementwise work.
+    Of the sparse model a forward pass and its gradient, twice a forward pass where a matrix is trained; of the teacher
+    a forward pass. What is computed a second time to save memory is not counted, nor is elementwise work.
     """
     shapes = dict(model.block().shapes)
     kernels = [shapes[path] for sub in model.sub_blocks for path in sub.kernels]

@@ -19,7 +19,7 @@ from barber_jax.masks.keep_pruned import keep_pruned, zero_pruned
 from barber_jax.models.sharding import constrain
 from barber_jax.recovery import lora
 from barber_jax.recovery.objective import Metrics, Objective
-from barber_jax.recovery.program import ALL, BLOCKS, Program, shard
+from barber_jax.recovery.program import ALL, Program, shard
 
 B1, B2 = 0.9, 0.95
 MIN_SCALE = 1e-3
@@ -90,6 +90,11 @@ def of_values(masks: Parameters, values: Parameters) -> Parameters:
     return {name: masks.get(name, np.True_) for name in values}
 
 
+def zero_pruned_kernel(value: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """A parameter with its pruned weights at 0: of a kernel that is not trained a mask file may prune more."""
+    return value if mask is None else jnp.where(mask, value, jnp.zeros((), value.dtype))
+
+
 @partial(jax.jit, static_argnames=("plan", "rank", "seed"))
 def begin(
     plan: Plan, trained: Parameters, frozen: Parameters, masks: Parameters, rank: int = 0, seed: int = 0
@@ -123,9 +128,7 @@ def begin(
 def _shard_state(state: optax.OptState, mesh: tuple[int, int]) -> optax.OptState:
     """Shard every dict of the optimizer's state that has the trained values' names."""
     is_dict = lambda node: isinstance(node, dict)  # noqa: E731
-    return jax.tree.map(
-        lambda node: shard(node, mesh) if is_dict(node) else constrain(node), state, is_leaf=is_dict
-    )
+    return jax.tree.map(lambda node: shard(node, mesh) if is_dict(node) else constrain(node), state, is_leaf=is_dict)
 
 
 @partial(jax.jit, static_argnames="plan", donate_argnames="state")
@@ -158,9 +161,7 @@ def train_step(
     low_rank = masks if any(name.endswith(lora.FIRST) for name in names) else {}
 
     def micro_batch(total: tuple, piece: jax.Array) -> tuple[tuple, None]:
-        gradient, metrics = plan.objective.gradient(
-            state.values, frozen, low_rank, teacher, constrain(piece, ALL)
-        )
+        gradient, metrics = plan.objective.gradient(state.values, frozen, low_rank, teacher, constrain(piece, ALL))
         gradient, metrics = jax.tree.map(jnp.add, total, (gradient, metrics))
         return (shard(gradient, plan.mesh), metrics), None
 
@@ -199,16 +200,12 @@ def held_out_losses(
         name: value.astype(rounding[name]).astype(jnp.float32) if name in rounding else value
         for name, value in values.items()
     }
-    each = lax.map(
-        lambda piece: objective.losses({**frozen, **rounded}, low_rank, teacher, constrain(piece, ALL)), ids
-    )
+    each = lax.map(lambda piece: objective.losses({**frozen, **rounded}, low_rank, teacher, constrain(piece, ALL)), ids)
     return jax.tree.map(lambda value: constrain(jnp.mean(value)), each)
 
 
 @partial(jax.jit, static_argnames="mesh")
-def final_kernels(
-    values: Parameters, frozen: Parameters, masks: Parameters, mesh: tuple[int, int]
-) -> Parameters:
+def final_kernels(values: Parameters, frozen: Parameters, masks: Parameters, mesh: tuple[int, int]) -> Parameters:
     """The trained parameters as they are written, float32, low-rank updates merged, pruned weights 0."""
     factors = {name: value for name, value in values.items() if name.endswith((lora.FIRST, lora.SECOND))}
     if not factors:

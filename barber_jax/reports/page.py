@@ -1,7 +1,10 @@
 """HTML of report pages: a self-contained document for light and dark colour schemes, desktop and phone."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
+from barber_jax.console.errors import BarberError
 from barber_jax.reports.markup import Html, element, join
 
 STYLE = """
@@ -80,3 +83,23 @@ def plots(figures: Iterable[Html]) -> Html:
 def soft(text: str) -> Html:
     """Compose a paragraph in a soft colour."""
     return element("p", text, class_="soft")
+
+
+def try_writing(write: Callable[[], Any], out: Path, say: Callable[[str], None]) -> None:
+    """Write report.html. If a plot cannot be drawn, only print a line, so that the run's result is not lost.
+
+    Args:
+        write: writes it.
+        out: final name of the output folder.
+        say: prints a line.
+
+    Raises:
+        BarberError: the report cannot be written to disk.
+    """
+    try:
+        write()
+    except BarberError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        say(f"report.html could not be written ({reason}); to retry, run python -m barber_jax.report {out}")

@@ -1,4 +1,4 @@
-"""Compose the first and the last line that a pruning run prints."""
+"""Compose the first and the last line that a pruning run and a recovery print."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -36,3 +36,32 @@ def summary(record: Mapping[str, Any]) -> str:
             measured = f"dense {record['dense_perplexity']['perplexity']:.4f}, pruned {measured}"
         parts.append(f"perplexity {measured}")
     return ", ".join([*parts, f"{totals['seconds']:.1f} s"])
+
+
+def recover_headline(options: Mapping[str, Any], model: Model, devices: Devices, sparsity: str, tokens: int) -> str:
+    """Compose the first line of a recovery: devices, dtype, what is trained on what.
+
+    Args:
+        options: options of the run by name.
+        sparsity: and pattern, as text.
+        tokens: of the text to train on.
+    """
+    device = devices.used[0]
+    return (
+        f"{len(devices.used)} x {device.device_kind} ({device.platform}), {options['compute_dtype']}; "
+        f"{model.model_type} in {model.layers} blocks, sparsity {sparsity}; "
+        f"{options['steps']} steps of {options['batch']} x {options['length']} tokens, of a text of {tokens} tokens"
+    )
+
+
+def recover_summary(record: Mapping[str, Any]) -> str:
+    """Compose the last line of a recovery from the content of recover.json: held-out loss, perplexities, seconds."""
+    losses = {each["step"]: each["loss"] for each in record["evaluations"]}
+    written = record["best_step"] if record["written"] == "best" else max(losses)
+    change = f"held-out loss {losses[0]:.4f} -> {losses[written]:.4f}"
+    parts = [f"{record['options']['out']}: {change} at step {written} ({record['written']})"]
+    names = {"dense": "dense_perplexity", "pruned": "start_perplexity", "recovered": "perplexity"}
+    measured = [f"{name} {record[key]['perplexity']:.4f}" for name, key in names.items() if record[key]]
+    if measured:
+        parts.append(f"perplexity {', '.join(measured)}")
+    return ", ".join([*parts, f"{record['tokens_per_second']:.0f} tokens/s", f"{record['seconds']:.1f} s"])

@@ -1,0 +1,172 @@
+"""Opens and checks all that a recovery needs, before the long computation."""
+
+import dataclasses
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from barber_jax.console.errors import BarberError
+from barber_jax.console.options import flag
+from barber_jax.console.progress import Progress
+from barber_jax.convert.checkpoint import Checkpoint, open_checkpoint
+from barber_jax.convert.export import sibling_path
+from barber_jax.convert.parameters import check_tensors
+from barber_jax.data.packing import PackedText, open_text
+from barber_jax.devices.mesh import Devices, require_agreement
+from barber_jax.devices.options import PROCESS_OPTIONS, parse_mesh
+from barber_jax.forward.evaluation import evaluation_windows
+from barber_jax.models import build_model
+from barber_jax.models.family import Model
+from barber_jax.recovery.recover_config import RecoverConfig
+from barber_jax.recovery.source import MaskSource, open_masks
+from barber_jax.run.fingerprint import array_fingerprint, fingerprint
+
+MICRO_BATCH_TOKENS = {"cpu": 2048}
+"""Platform -> tokens of each device in a micro-batch, unless --micro-batch is given; elsewhere `MANY_TOKENS`."""
+MANY_TOKENS = 16384
+EVALUATIONS = 20
+"""Measurements of the held-out loss, unless --eval-every is given."""
+STATE_VERSION = 1
+"""Version of the checkpoints of an unfinished run."""
+NOT_COMPARED = (
+    *("ckpt", "teacher", "masks", "text", "text_field", "tokens", "steps", "out", "keep", "log_dir"),
+    *("overwrite", "resume", "verbose", "eval_text", "eval_dataset", "eval_windows", "compilation_cache"),
+    *PROCESS_OPTIONS,
+)
+"""Options that do not change the weights of a step, and options that name inputs, whose content is compared."""
+
+
+@dataclass
+class Prepared:
+    """All that a run needs, read and checked before the long computation.
+
+    Attributes:
+        config: options, with what depends on the inputs filled in: steps, micro_batch, eval_every.
+        checkpoint, teacher, model: the pruned checkpoint, the dense one, and what both are.
+        masks: of the pruned checkpoint.
+        text: windows to train on, and held out.
+        windows: int32 [windows, length] evaluation tokens; None to evaluate nothing.
+        devices: to compute on.
+        identity: what must be the same for the run to be resumed.
+    """
+
+    config: RecoverConfig
+    checkpoint: Checkpoint
+    teacher: Checkpoint | None
+    model: Model
+    masks: MaskSource
+    text: PackedText
+    windows: np.ndarray | None
+    devices: Devices
+    identity: dict[str, Any]
+
+
+def prepare(config: RecoverConfig, progress: Progress) -> Prepared:
+    """Open and check the inputs. Raises `BarberError`."""
+    checkpoint = open_checkpoint(config.ckpt)
+    model = build_model(checkpoint.config, compute_dtype(config))
+    check_tensors(checkpoint, model)
+    model.check_length(config.length)
+    teacher = open_teacher(config, model)
+    devices = Devices.of(parse_mesh(config.mesh))
+    check_rank(config, model)
+    masks = open_masks(config.masks, checkpoint, model)
+    config = with_micro_batch(config, len(devices.used), devices.used[0].platform)
+    tokens_per_step = config.batch * config.length
+    needed = config.tokens or (config.steps or 0) * tokens_per_step
+    text = open_text(
+        config.text,
+        checkpoint.tokenizer,
+        length=config.length,
+        seed=config.seed,
+        held_out=config.held_out,
+        # One pass over the text, unless a number is given.
+        needed=needed or sys.maxsize,
+        vocab_size=model.vocabulary,
+        text_field=config.text_field,
+        cache=sibling_path(config.out, ".text"),
+        say=progress.say,
+    )
+    steps = -(-needed // tokens_per_step) or max(1, text.tokens // tokens_per_step)
+    every = min(config.eval_every or max(1, -(-steps // EVALUATIONS)), steps)
+    config = dataclasses.replace(config, steps=steps, tokens=None, eval_every=every)
+    windows = evaluation_windows(config, checkpoint, model, progress.say)
+    identity = run_identity(config, checkpoint, teacher, masks, text)
+    require_agreement("options or files", identity)
+    return Prepared(config, checkpoint, teacher, model, masks, text, windows, devices, identity)
+
+
+def compute_dtype(config: RecoverConfig) -> jnp.dtype:
+    """Dtype of activations."""
+    return jnp.dtype(config.compute_dtype)
+
+
+def open_teacher(config: RecoverConfig, model: Model) -> Checkpoint | None:
+    """Open the dense checkpoint. Raises `BarberError` if it is another model than the pruned one."""
+    if config.teacher is None:
+        return None
+    teacher = open_checkpoint(config.teacher)
+    dense = build_model(teacher.config, compute_dtype(config))
+    for what in ("model_type", "vocabulary", "hidden", "layers"):
+        ours, theirs = getattr(model, what), getattr(dense, what)
+        if ours != theirs:
+            name = what.replace("_", " ")
+            raise BarberError(
+                f"--teacher {config.teacher}: its {name} is {theirs}, that of {config.ckpt} is {ours}; "
+                "give the dense checkpoint that was pruned"
+            )
+    check_tensors(teacher, model)
+    return teacher
+
+
+def check_rank(config: RecoverConfig, model: Model) -> None:
+    """Raise `BarberError` if --rank is above the smaller side of a matrix that gets factors."""
+    if not config.rank:
+        return
+    shapes = dict(model.block().shapes)
+    for path, name in model.kernel_names(0).items():
+        if config.rank > min(shapes[path]):
+            inputs, outputs = shapes[path]
+            raise BarberError(
+                f"--rank {config.rank} is above {min(shapes[path])}, the smaller side of {name} [{outputs}, {inputs}]"
+            )
+
+
+def with_micro_batch(config: RecoverConfig, devices: int, platform: str) -> RecoverConfig:
+    """Fill in --micro-batch. Raises `BarberError` if the devices do not divide a number of windows."""
+    for option in ("batch", "micro_batch", "held_out"):
+        value = getattr(config, option)
+        if value and value % devices:
+            raise BarberError(
+                f"{flag(option)} {value} is not a multiple of the {devices} devices of the mesh; change one of them"
+            )
+    if config.micro_batch:
+        return config
+    most = max(1, MICRO_BATCH_TOKENS.get(platform, MANY_TOKENS) // config.length) * devices
+    size = max(
+        b for b in range(devices, config.batch + 1, devices) if config.batch % b == 0 and (b <= most or b == devices)
+    )
+    return dataclasses.replace(config, micro_batch=size)
+
+
+def run_identity(
+    config: RecoverConfig, checkpoint: Checkpoint, teacher: Checkpoint | None, masks: MaskSource, text: PackedText
+) -> dict[str, Any]:
+    """Values that must be the same for the run to be resumed: options that change its result, and hashes of inputs."""
+    options = config.as_dict()
+    identity = {flag(name): value for name, value in options.items() if name not in NOT_COMPARED}
+    identity["--steps"] = config.steps
+    identity["version of the run state"] = STATE_VERSION
+    for option, given in (("--ckpt", checkpoint), ("--teacher", teacher)):
+        sources = given.sources() if given else []
+        for path in sources:
+            identity[f"content of {option} {os.path.relpath(path, sources[0].parent)}"] = fingerprint(path)
+    if masks.file:
+        identity["content of the masks"] = fingerprint(masks.file)
+    identity["content of the text"] = array_fingerprint(text.windows.ids)
+    identity["content of the held-out text"] = array_fingerprint(text.held_out)
+    return identity
