@@ -6,13 +6,14 @@ from pathlib import Path
 from barber_jax.console.errors import BarberError
 from barber_jax.convert.folder import COMPANIONS
 from barber_jax.data import hub
+from barber_jax.masks.mask_file import FILE_NAME
 
 SAFETENSORS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 TORCH = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
 
 
 def download(repository: str) -> Path:
-    """Download the configuration, weights and tokenizer of a Hub repository; returns the local folder.
+    """Download the configuration, weights, masks and tokenizer of a Hub repository; returns the local folder.
 
     Raises:
         BarberError: `repository` looks like a path and does not exist, or cannot be downloaded.
@@ -32,7 +33,7 @@ def download_patterns(files: list[str]) -> list[str]:
     """Glob patterns of what to download from a repository that contains `files`: the weights that are opened."""
     safe = any(fnmatch(file, pattern) for file in files for pattern in SAFETENSORS)
     single, *shards = SAFETENSORS if safe else TORCH
-    return ["config.json", "adapter_config.json", *COMPANIONS, *([single] if single in files else shards)]
+    return ["config.json", "adapter_config.json", FILE_NAME, *COMPANIONS, *([single] if single in files else shards)]
 
 
 def _snapshot(repository: str) -> Path:

@@ -348,6 +348,7 @@ def test_torch_that_is_not_safe_is_refused(tmp_path, dense, monkeypatch):
 def test_hub_fetches_one_format():
     both = ["config.json", "model.safetensors", "pytorch_model.bin"]
     assert "pytorch_model.bin" not in download_patterns(both) and "model.safetensors" in download_patterns(both)
+    assert "masks.safetensors" in download_patterns(both)
     assert "pytorch_model-*.bin" in download_patterns(["config.json", "pytorch_model.bin.index.json"])
     # Nor the shards beside the one file that is opened.
     assert "model-*.safetensors" not in download_patterns([*both, INDEX, "model-00001-of-00002.safetensors"])
