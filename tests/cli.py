@@ -24,8 +24,9 @@ def command(module: str, *arguments, devices: int = 1) -> subprocess.CompletedPr
 
 def environment(devices: int = 1) -> dict[str, str]:
     """Environment variables for a process that sees this many virtual devices."""
-    rest = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return rest | ({"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} if devices > 1 else {})
+    count = "--xla_force_host_platform_device_count="
+    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(count)]
+    return {**os.environ, "XLA_FLAGS": " ".join([*flags, f"{count}{devices}"])}
 
 
 def prune_masks(out: Path, ckpt, ids, *options) -> dict[str, np.ndarray]:

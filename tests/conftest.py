@@ -1,11 +1,17 @@
 """What all tests share: virtual devices, one cache of compiled programs, tiny models written once."""
 
+import functools
+import importlib.util
+import mmap
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 DEVICES = 8
+QUICK_TO_COMPILE = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
+"""Older code generation of XLA's, which takes a quarter of the time to compile; for the quick suite alone."""
 # Before JAX is imported. Test processes share the cores, so a computation uses one thread. Most of the time goes into
 # compiling, so programs are compiled with few optimizations, except where masks are compared with those of the authors'
 # code (`optimized`).
@@ -23,6 +29,18 @@ def pytest_configure(config):
     # The workers of pytest-xdist inherit their parent's.
     if not hasattr(config, "workerinput"):
         os.environ[CACHE] = tempfile.mkdtemp(prefix="barber_jax_compiled_")
+        # `make slow-test` compiles with XLA's own choice.
+        if config.option.markexpr != "slow":
+            os.environ["XLA_FLAGS"] = " ".join([*_known(QUICK_TO_COMPILE), os.environ["XLA_FLAGS"]])
+
+
+def _known(flags):
+    """Those flags that the installed XLA knows: with any other a process would end at once."""
+    spec = importlib.util.find_spec("jaxlib")
+    for path in Path(spec.origin).parent.glob("libjax_common.*"):
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as library:
+            return [flag for flag in flags if library.find(flag.partition("=")[0].strip("-").encode()) >= 0]
+    return []
 
 
 def pytest_unconfigure(config):
@@ -40,6 +58,31 @@ def optimized():
     yield
     jax.config.update("jax_disable_most_optimizations", True)
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _figures_are_titles():
+    """Pages hold the titles of figures: to draw them takes longer than to prune a tiny model. But see `drawn`."""
+    from barber_jax.reports.figures import Plots
+    from barber_jax.reports.markup import element
+
+    @functools.wraps(Plots.draw)
+    def title_only(plots, draw, title, *size, **rows):
+        return element("figure", element("figcaption", title))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Plots, "draw", title_only)
+        yield
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Figures are drawn, within a module."""
+    from barber_jax.reports.figures import Plots
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Plots, "draw", Plots.draw.__wrapped__)
+        yield
 
 
 @pytest.fixture(scope="session")

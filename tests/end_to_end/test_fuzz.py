@@ -43,7 +43,7 @@ from barber_jax.reports.report_page import description, write_report
 from barber_jax.run.block_file import NAME, READ_ERRORS, BlockHandler, BlockRestore
 from barber_jax.run.run_state import ITEM, RunState
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("drawn")]
 
 WORDS = ("the cat sat on a mat and saw the dog run far away from it again while rain fell on " * 2).split()
 SMALL = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)

@@ -20,6 +20,7 @@ from barber_jax.eval.agreement import agreement
 from barber_jax.eval.grid import prune_arguments, read_grid, run_grid, settings
 from barber_jax.eval.runs import load_runs
 from barber_jax.masks.mask_file import read_masks
+from barber_jax.reports.figures import Plots
 
 LLAMA, OPT = ORACLES / "llama", ORACLES / "opt"
 IDS = LLAMA / "calibration_ids.npy"
@@ -106,7 +107,8 @@ def test_the_command_writes_tables_and_pages(folders, tmp_path):
     assert html.count("<figure") == 6 and "http://" not in html.replace("http://www.w3.org", "")
 
 
-def test_runs_that_differ_in_their_seed_alone_are_put_together(folders, tmp_path):
+def test_runs_that_differ_in_their_seed_alone_are_put_together(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(Plots, "draw", Plots.draw.__wrapped__)
     copies = []
     for seed, perplexity in ((1, 10.0), (2, 12.0), (7, 17.0)):
         copies.append(shutil.copytree(folders[2], tmp_path / f"seed{seed}"))

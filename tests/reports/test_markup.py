@@ -23,6 +23,8 @@ from barber_jax.reports.model_card import model_card
 from barber_jax.reports.page import page, pairs, table
 from barber_jax.reports.report_page import _sections
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 EVIL = (
     "<script>alert(1)</script><img src=x onerror=alert(1)></title></style></svg><b onclick='x'>",
     'a" onload="x" b=\' --><!-- ]]>&lt;i&gt;',

@@ -21,6 +21,7 @@ from barber_jax.stages.outliers import format_maps, parse_map
 
 LLAMA = ORACLES / "llama"
 QUICK = ["--samples", 4, "--length", 32]
+pytestmark = pytest.mark.usefixtures("drawn")
 
 
 @pytest.fixture(scope="module")

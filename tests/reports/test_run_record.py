@@ -16,6 +16,8 @@ from barber_jax.reports.record_check import check_record
 from barber_jax.reports.report_page import _settings, _tables, description, output_sparsity
 from barber_jax.reports.run_record import VERSION, load_record
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 
 @pytest.fixture(scope="module")
 def folder(tiny, tiny_ids, tmp_path_factory):
