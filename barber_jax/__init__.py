@@ -8,6 +8,8 @@ import importlib as _importlib
 from pathlib import Path as _Path
 from typing import Any as _Any
 
+from barber_jax.console import startup as _startup
+
 __version__ = "0.2.0"
 
 _PUBLIC = {
@@ -32,6 +34,10 @@ __all__ = sorted([*_PUBLIC, *_COMMANDS, "__version__"])
 _root = _Path(__file__).resolve().parent.parent
 if not (_root / "barber_jax" / "convert").exists() and (_root / "convert" / "safetensors_writer.py").exists():
     __path__.append(str(_root))
+
+# Before any other import: what a command imports may fail, too.
+if _startup.is_command():
+    _startup.prepare()
 
 
 def __getattr__(name: str) -> _Any:

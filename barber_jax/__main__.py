@@ -3,6 +3,7 @@
 import importlib
 import sys
 
+from barber_jax.console import startup
 from barber_jax.console.errors import BarberError, exit_with_one_line
 
 COMMANDS = {
@@ -32,6 +33,7 @@ def dispatch() -> None:
 
 def main() -> None:
     """Entry point of the console script."""
+    startup.prepare()
     exit_with_one_line(dispatch)
 
 

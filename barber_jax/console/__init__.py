@@ -15,6 +15,7 @@ May import: nothing of this package.
 | `progress` | live progress bar, or plain lines, on stderr |
 | `notes` | single lines on stderr that are no error |
 | `interrupt` | reliable handling of Ctrl-C, SIGTERM and SIGHUP |
+| `startup` | the time before `exit_with_one_line`: failing imports, and whether JAX can start |
 | `streams` | standard streams that are closed, full or gone |
 | `locks` | one lock per output folder; folders recognised by what they are |
 | `files` | file-system errors while writing |

@@ -23,12 +23,17 @@ DEVICE_MEMORY = (
     "on a CPU raise the limit on memory, or fewer or shorter samples"
 )
 
+_NO_MEMORY = ("Cannot allocate memory", "failed to map segment", "cannot allocate memory")
+"""What the system says of a lack of memory where a library is loaded, or a file mapped."""
+
 
 def explain(error: BaseException) -> str | None:
     """The message for an exception whose cause lies outside the program, with the way out; None for any other."""
     text = str(error)
     if isinstance(error, MemoryError) or "std::bad_alloc" in text:
         return f"out of memory{_place(error)}{f' ({text})' if text else ''}; {MEMORY}"
+    if isinstance(error, ImportError | OSError) and any(sign in text for sign in _NO_MEMORY):
+        return f"out of memory ({_first_line(text)}); {MEMORY}"
     if text.startswith("RESOURCE_EXHAUSTED") or "Out of memory" in text:
         return f"out of memory{_place(error)} ({_first_line(text)}); {DEVICE_MEMORY}"
     if isinstance(error, RuntimeError) and "can't start new thread" in text:

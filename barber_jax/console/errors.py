@@ -4,6 +4,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from barber_jax.console import interrupt, streams
 
@@ -58,19 +59,26 @@ def exit_with_one_line(main: Callable[[], None]) -> None:
     try:
         with causes.held_warnings(), interrupt.reraised():
             main()
-    except BarberError as error:
-        _fail(str(error), 2)
-    except KeyboardInterrupt:
-        _fail(interrupt.message(), interrupt.exit_status())
     except (SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # a panic of the tokenizers library is not an Exception
-        known = causes.explain(error)
-        _fail(*((known, 2) if known else (causes.unexpected(error), 1)))
+        exit_for(error)
     finally:
-        interrupt.exit_on_interrupt()
+        interrupt.settle_exit()
 
 
-def _fail(message: str, status: int) -> None:
+def exit_for(error: BaseException) -> NoReturn:
+    """Report an exception that ends the process, as `exit_with_one_line` says."""
+    from barber_jax.console import causes
+
+    if isinstance(error, KeyboardInterrupt):
+        _fail(interrupt.message(), interrupt.exit_status())
+    if isinstance(error, BarberError):
+        _fail(str(error), 2)
+    known = causes.explain(error)
+    _fail(*((known, 2) if known else (causes.unexpected(error), 1)))
+
+
+def _fail(message: str, status: int) -> NoReturn:
     print("error: " + one_line(message), file=sys.stderr)
     raise SystemExit(status) from None

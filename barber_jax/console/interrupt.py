@@ -1,14 +1,17 @@
 """Handle Ctrl-C, SIGTERM and SIGHUP reliably, and alike: the run ends with `KeyboardInterrupt`, and can be resumed.
 
-A `KeyboardInterrupt` raised inside a callback of JAX (during garbage collection, for example) is swallowed there, and
-the run would continue. The signal handler here also remembers the interrupt, and `check` raises it again.
+A `KeyboardInterrupt` raised inside a callback of JAX (during garbage collection, for example) is swallowed there, after
+Python has printed its traceback, and the run would continue. The signal handler here also remembers the interrupt,
+`check` raises it again, and no traceback is printed.
 """
 
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 _DEFAULTS = {
     getattr(signal, name): default
@@ -33,16 +36,22 @@ def install_handler() -> None:
     """
     global _process
     _process = os.getpid()
+    if not isinstance(sys.unraisablehook, _UnraisableHook):
+        sys.unraisablehook = _UnraisableHook(sys.unraisablehook)
     for number, default in _DEFAULTS.items():
         if signal.getsignal(number) == default:
             signal.signal(number, _handle)
 
 
-def exit_on_interrupt() -> None:
-    """From now on let the signals end the process at once, so that clean-up at exit prints no traceback."""
+def settle_exit() -> None:
+    """From now on no signal changes the exit status: the command has done its work, or has said why it could not.
+
+    Python and its libraries may take a while to end. SIGTERM and SIGHUP are ignored then, so that a finished run does
+    not look like a failed one; Ctrl-C ends the process at once, without a traceback.
+    """
     for number in _DEFAULTS:
         if signal.getsignal(number) is _handle:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
 
 
 @contextlib.contextmanager
@@ -87,6 +96,17 @@ def message() -> str:
 def exit_status() -> int:
     """Exit status after an interrupt, as shells have it: 128 and the signal's number, so 130 for Ctrl-C."""
     return 128 + (signal.SIGINT if _received is None else _received)
+
+
+class _UnraisableHook:
+    """Says nothing of an interrupt, which is remembered, where it cannot be raised; else what `before` says."""
+
+    def __init__(self, before: Callable[[Any], object]):
+        self._before = before
+
+    def __call__(self, unraisable: Any) -> None:
+        if not (received() and issubclass(unraisable.exc_type, KeyboardInterrupt)):
+            self._before(unraisable)
 
 
 def _handle(number: int, frame: FrameType | None) -> None:

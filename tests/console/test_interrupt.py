@@ -75,6 +75,39 @@ def test_deferred_until_all_steps_are_done():
     assert end(signal.SIGTERM, body, PLAIN)[:2] == (143, "all steps\ncleaned up\n")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(("last", "status"), [("pass", 0), ("sys.exit(7)", 7), ("raise MemoryError", 2)])
+def test_a_signal_after_the_end_does_not_change_the_status(number, last, status):
+    body = f"""
+        import atexit
+        atexit.register(lambda: print("ready", flush=True) or time.sleep(1))
+        {last}"""
+    assert end(number, body, PLAIN)[0] == status
+
+
+SWALLOWED = """
+        import gc
+        def collected(phase, info):
+            gc.callbacks.clear()
+            {body}
+        gc.callbacks.append(collected)
+        gc.collect()
+        {then}
+        interrupt.check()
+        print("never")"""
+
+
+def test_an_interrupt_that_cannot_be_raised_is_raised_later():
+    """As in JAX's callback of the garbage collector, where Python prints a traceback of whatever is raised."""
+    body = SWALLOWED.format(body=WAIT, then="")
+    assert end(signal.SIGTERM, body, PLAIN) == (143, "cleaned up\n", "error: interrupted by SIGTERM\n")
+
+
+def test_any_other_exception_that_cannot_be_raised_is_told():
+    status, _, err = end(signal.SIGTERM, SWALLOWED.format(body="raise ValueError('odd')", then=WAIT), PLAIN)
+    assert status == 143 and "Traceback" in err and "ValueError: odd" in err
+
+
 def test_a_forked_worker_dies_of_the_signal_that_ends_it():
     code = """
 import os, signal, sys, time
