@@ -10,6 +10,7 @@ from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.extras import needs
 from barber_jax.console.locks import output_lock
+from barber_jax.console.outputs import new_folder
 from barber_jax.console.quiet import held_output
 from barber_jax.convert.tokenizer_files import save_tokenizer
 from barber_jax.masks.mask_file import read_masks
@@ -108,15 +109,20 @@ def _require_finite(spec: str, model: "transformers.PreTrainedModel") -> None:
 
 
 def _save(spec: str, model: "transformers.PreTrainedModel", out: Path) -> None:
+    with new_folder(out) as folder:
+        try:
+            model.save_pretrained(folder)
+        except Exception as error:  # safetensors raises its own type, not OSError, for disk errors
+            raise BarberError(f"--out {out}: cannot save the model: {error}") from error
+        _save_tokenizer(spec, folder, out)
+
+
+def _save_tokenizer(spec: str, folder: Path, out: Path) -> None:
     import transformers
 
     try:
-        model.save_pretrained(out)
-    except Exception as error:  # safetensors raises its own type, not OSError, for disk errors
-        raise BarberError(f"--out {out}: cannot save the model: {error}") from error
-    try:
         with held_output():
-            save_tokenizer(transformers.AutoTokenizer.from_pretrained(spec, trust_remote_code=False), out)
+            save_tokenizer(transformers.AutoTokenizer.from_pretrained(spec, trust_remote_code=False), folder)
     except BaseException as error:
         if not causes.is_foreign(error):
             raise

@@ -18,6 +18,7 @@ from barber_jax.console import interrupt
 from barber_jax.console.errors import BarberError
 from barber_jax.console.files import expand, writing
 from barber_jax.console.locks import FolderIdentity, output_lock
+from barber_jax.console.outputs import PARTIAL
 from barber_jax.convert.checkpoint import Checkpoint
 from barber_jax.convert.finite import require_finite
 from barber_jax.convert.hf_folder import INDEX
@@ -29,8 +30,6 @@ MASKS = FILE_NAME
 START_MASKS = "start_masks.safetensors"
 RUN = "run.json"
 RECOVERED = "recover.json"
-PARTIAL = ".partial"
-"""Suffix of an output folder's name until it is complete."""
 
 
 @contextlib.contextmanager

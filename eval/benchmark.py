@@ -27,8 +27,8 @@ from rich.table import Table
 
 from barber_jax.config import FileOptions, PruneConfig
 from barber_jax.console.errors import BarberError, exit_with_one_line
-from barber_jax.console.files import writing
 from barber_jax.console.options import OptionGroup, flag
+from barber_jax.console.outputs import output_file, write_whole
 from barber_jax.convert.checkpoint import open_checkpoint
 from barber_jax.devices.peak import matmul_rates
 from barber_jax.devices.settings import prepare_jax
@@ -252,14 +252,10 @@ def run(arguments: list[str] | None = None) -> None:
     """Command line: print the results, and write them to --json."""
     config = BenchmarkConfig.parse("barber_jax.eval.benchmark", arguments)
     prepare_jax(config.compilation_cache, config.matmul_precision)
-    if config.json is not None and (config.json.is_dir() or not config.json.parent.is_dir()):
-        raise BarberError(
-            f"--json {config.json} is a folder or its folder does not exist; name a file in an existing one"
-        )
-    figures = benchmark(config)
-    if config.json is not None:
-        with writing(config.json):
-            config.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    with output_file(config.json) as file:
+        figures = benchmark(config)
+        if file:
+            write_whole(file, json.dumps(figures, indent=1) + "\n")
     show(figures)
 
 

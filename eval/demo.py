@@ -18,6 +18,7 @@ from barber_jax.config import PruneConfig
 from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.locks import output_lock
+from barber_jax.console.outputs import write_whole
 from barber_jax.data.text import read_documents
 from barber_jax.devices.settings import prepare_jax
 from barber_jax.prune import prune
@@ -66,7 +67,7 @@ def split_prose(arrow: Path, folder: Path) -> tuple[Path, Path]:
     parts = []
     for name, part in (("calibration.txt", passages[:cut]), ("held_out.txt", passages[cut:])):
         parts.append(folder / name)
-        parts[-1].write_text("\n\n".join(part), encoding="utf-8")
+        write_whole(parts[-1], "\n\n".join(part))
     return parts[0], parts[1]
 
 

@@ -34,6 +34,7 @@ from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.files import expand, writing
 from barber_jax.console.locks import output_lock
+from barber_jax.console.outputs import write_whole
 from barber_jax.eval import device_page, synthetic
 from barber_jax.eval.device_kernels import PRECISIONS, SHAPES, ShapeName
 from barber_jax.eval.device_page import CHECK_FILE, FORMAT, VERSION
@@ -246,9 +247,9 @@ def summary(planned: list[Step]) -> dict:
 
 def write(content: dict, out: Path) -> None:
     """Write device_check.json and device_check.html."""
-    (out / CHECK_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_whole(out / CHECK_FILE, json.dumps(content, indent=1) + "\n")
     html = page("barber_jax device check", device_page.page_parts([(out.resolve().name, content)]))
-    (out / CHECK_FILE).with_suffix(".html").write_text(html, encoding="utf-8")
+    write_whole((out / CHECK_FILE).with_suffix(".html"), html)
 
 
 def run(arguments: list[str] | None = None) -> None:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from barber_jax.console.command import parse
 from barber_jax.console.errors import exit_with_one_line
-from barber_jax.console.files import writing
+from barber_jax.console.outputs import output_file, write_whole
 from barber_jax.devices.options import MatmulPrecision
 from barber_jax.devices.settings import prepare_jax
 from barber_jax.eval.synthetic import Shape
@@ -82,8 +82,7 @@ class Measurements:
 
     def write(self) -> None:
         """Write the file."""
-        with writing(self.path):
-            self.path.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+        write_whole(self.path, json.dumps(self.content, indent=1) + "\n")
 
 
 def median_seconds(function: Callable, *arguments: jax.Array) -> float:
@@ -205,8 +204,8 @@ def run(arguments: list[str] | None = None) -> None:
     """Command line: write the figures to --json."""
     config = parse(KernelsConfig, "barber_jax.eval.device_kernels", arguments)
     prepare_jax()
-    measurements = Measurements(config.json, config.seconds, environment(jax.devices()) | {"driver": driver()})
-    with jax.default_matmul_precision("highest"):
+    with output_file(config.json) as file, jax.default_matmul_precision("highest"):
+        measurements = Measurements(file, config.seconds, environment(jax.devices()) | {"driver": driver()})
         measure(SHAPES[config.shape], TOKENS[config.shape], LENGTHS[config.shape], measurements)
 
 

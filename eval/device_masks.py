@@ -20,7 +20,7 @@ from rich.progress import track
 from barber_jax.config import PruneConfig
 from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
-from barber_jax.console.files import writing
+from barber_jax.console.outputs import output_file, write_whole
 from barber_jax.convert.export import MASKS
 from barber_jax.devices.options import ComputeDtype, MatmulPrecision
 from barber_jax.devices.settings import prepare_jax
@@ -103,8 +103,8 @@ def agreement(found: Path, reference: Path) -> dict:
     }
 
 
-def compare(config: MasksConfig) -> dict:
-    """Content of --json; written again after every setting."""
+def compare(config: MasksConfig, file: Path) -> dict:
+    """Content of --json, the given file; written again after every setting."""
     content = environment(jax.devices())
     content |= {"compute_dtype": config.compute_dtype, "matmul_precision": config.matmul_precision, "settings": {}}
     with tempfile.TemporaryDirectory(prefix="barber_jax_device_masks_") as temporary:
@@ -113,8 +113,7 @@ def compare(config: MasksConfig) -> dict:
             found = prune_with(setting, Path(temporary) / str(index), config)
             entry = {"seconds": time.perf_counter() - start, **agreement(found, reference_file(setting))}
             content["settings"][setting] = entry
-            with writing(config.json):
-                config.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            write_whole(file, json.dumps(content, indent=1) + "\n")
     return content
 
 
@@ -134,7 +133,11 @@ def run(arguments: list[str] | None = None) -> None:
     """Command line: write the results to --json, or the reference."""
     config = parse(MasksConfig, "barber_jax.eval.device_masks", arguments)
     prepare_jax()
-    record(config) if config.record else compare(config)
+    if config.record:
+        record(config)
+        return
+    with output_file(config.json) as file:
+        compare(config, file)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ from typing import Any
 
 from barber_jax.config import PRESETS, PruneConfig
 from barber_jax.console.errors import BarberError
-from barber_jax.console.files import writing
 from barber_jax.console.options import flag
+from barber_jax.console.outputs import write_whole
 from barber_jax.console.values import typed, words
 from barber_jax.convert.export import MASKS, RUN, sibling_path
 from barber_jax.criteria import CRITERIA
@@ -241,8 +241,7 @@ def _evaluate(evaluation: tuple[str, Options, str, type], ckpt: str, folder: Pat
     key = json.dumps([module, options], sort_keys=True) + "\n"
     if not (file.is_file() and options_file.is_file() and options_file.read_text(encoding="utf-8") == key):
         _run_module(module, words(_evaluation_options(config, options, ckpt) | {"json": file}), log)
-        with writing(options_file):
-            options_file.write_text(key, encoding="utf-8")
+        write_whole(options_file, key)
 
 
 def _check_options(folder: Path, config: PruneConfig) -> None:

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from barber_jax.console import documents
 from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
-from barber_jax.console.files import expand, writing
+from barber_jax.console.files import expand
+from barber_jax.console.outputs import output_file, write_whole
 from barber_jax.console.progress import Progress
 from barber_jax.console.structure import fields, items, number, text
 from barber_jax.convert.checkpoint import open_checkpoint
@@ -109,13 +110,10 @@ def run(arguments: list[str] | None = None) -> None:
     """Command line: print the perplexity of each text, and write the results to --json."""
     config = parse(PerplexityConfig, "barber_jax.eval.perplexity", arguments)
     prepare_jax()
-    if config.json is not None and (config.json.is_dir() or not config.json.parent.is_dir()):
-        raise BarberError(
-            f"--json {config.json} is a folder or its folder does not exist; name a file in an existing one"
-        )
-    results = evaluate(config)
-    if config.json is not None:
-        write_results(results, config.json)
+    with output_file(config.json) as file:
+        results = evaluate(config)
+        if file:
+            write_results(results, file)
     for result in results:
         name = f"{result['source']}: " if len(results) > 1 else ""
         print(f"{name}perplexity {result['perplexity']:.4f} ({result['windows']} windows of {result['length']} tokens)")
@@ -128,8 +126,7 @@ _RESULTS = items(fields({"source": text, "perplexity": number(0, 1e308, finite=F
 def write_results(results: list[dict], path: Path) -> None:
     """Write the results of `evaluate` as JSON: a single result as the top-level object, several as a list `results`."""
     content = results[0] if len(results) == 1 else {"ckpt": results[0]["ckpt"], "results": results}
-    with writing(path):
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def read_results(path: Path) -> list[dict]:

@@ -33,6 +33,7 @@ from barber_jax.console import documents
 from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.files import expand
+from barber_jax.console.outputs import output_file, write_whole
 
 WIDTH, HEIGHT = 720, 260
 """Pixels."""
@@ -208,9 +209,8 @@ def _draw_bar(axes: Axes, x: float, bar: Bar, picture: Picture, top: float) -> N
 def run(arguments: list[str] | None = None) -> None:
     """The command line: writes the SVG and prints its path."""
     config = parse(PictureConfig, "barber_jax.eval.picture", arguments)
-    svg = draw(read_picture(expand(config.results)))
-    out = expand(config.out)
-    out.write_text(svg, encoding="utf-8")
+    with output_file(config.out, "--out") as out:
+        write_whole(out, draw(read_picture(expand(config.results))))
     print(out)
 
 

@@ -12,6 +12,7 @@ from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.files import expand, writing
 from barber_jax.console.locks import output_lock
+from barber_jax.console.outputs import write_whole
 from barber_jax.eval import device_page
 from barber_jax.eval.agreement import agreement, incomparable_reason
 from barber_jax.eval.grid import read_grid, run_grid
@@ -120,9 +121,9 @@ def study(runs: list[Run], out: Path, compare: str = "auto", checks: device_page
         parts += device_page.page_parts(checks)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        (out / "study.md").write_text(text, encoding="utf-8")
-        (out / "study.json").write_text(json.dumps(as_json(runs, pairs, checks), indent=1) + "\n", encoding="utf-8")
-        (out / "study.html").write_text(page("barber_jax study", parts), encoding="utf-8")
+    write_whole(out / "study.md", text)
+    write_whole(out / "study.json", json.dumps(as_json(runs, pairs, checks), indent=1) + "\n")
+    write_whole(out / "study.html", page("barber_jax study", parts))
     return text
 
 

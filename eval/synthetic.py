@@ -17,6 +17,8 @@ import tyro
 from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.files import writing
+from barber_jax.console.locks import output_lock
+from barber_jax.console.outputs import new_folder
 from barber_jax.convert.checkpoint import split_files
 from barber_jax.convert.hf_folder import INDEX
 from barber_jax.convert.safetensors_writer import SafetensorsWriter
@@ -114,8 +116,9 @@ def write(folder: Path, shape: Shape, shard: int = 5 * 10**9) -> None:
     tensors = shape.tensors
     files = split_files({name: int(np.prod(size)) * DTYPE.itemsize for name, size in tensors.items()}, shard)
     rng = np.random.default_rng(0)
-    with writing(folder):
-        folder.mkdir(parents=True)
+    if folder.exists():
+        raise BarberError(f"{folder} exists; name another folder")
+    with new_folder(folder) as folder, writing(folder):
         (folder / "config.json").write_text(json.dumps(shape.config, indent=1), encoding="utf-8")
         for file in sorted(set(files.values())):
             held = {name: (DTYPE, tensors[name]) for name in tensors if files[name] == file}
@@ -133,7 +136,8 @@ def _random(rng: np.random.Generator, size: tuple[int, ...]) -> np.ndarray:
 def run(arguments: list[str] | None = None) -> None:
     """Command line: write the checkpoint."""
     config = parse(SyntheticConfig, "barber_jax.eval.synthetic", arguments)
-    write(config.folder, config, config.shard)
+    with output_lock(config.folder):
+        write(config.folder, config, config.shard)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,8 @@ take a few minutes. Without `--text` the text is that of eval/demo.py: four fift
 for perplexity.
 """
 
-import errno
 import json
 import math
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -28,9 +26,9 @@ from rich.progress import track
 from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.files import writing
-from barber_jax.console.locks import FolderIdentity
+from barber_jax.console.outputs import new_folder
 from barber_jax.convert.checkpoint import open_checkpoint
-from barber_jax.convert.export import PARTIAL, claimed, sibling_path
+from barber_jax.convert.export import claimed
 from barber_jax.convert.hf_folder import WEIGHTS
 from barber_jax.convert.parameters import to_hf
 from barber_jax.convert.safetensors_writer import SafetensorsWriter
@@ -269,27 +267,14 @@ def write_checkpoint(out: Path, config: dict, tensors: dict[str, np.ndarray], to
 
     If writing fails, nothing is left behind.
     """
-    folder = sibling_path(out, PARTIAL)
-    with writing(folder):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        identity = FolderIdentity(folder)
-    try:
-        with writing(folder):
-            for name, content in {"config.json": json.dumps(config, indent=2) + "\n", **texts}.items():
-                (folder / name).write_text(content, encoding="utf-8")
-            save_tokenizer(tokenizer, folder)
-            specs = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-            with SafetensorsWriter(folder / WEIGHTS, specs, {"format": "pt"}) as file:
-                for name, tensor in tensors.items():
-                    file.write(name, tensor)
-            if not identity.is_at(folder):
-                raise FileNotFoundError(errno.ENOENT, "removed or replaced by something else while it was written")
-            folder.rename(out)
-    finally:
-        if identity.is_at(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-        identity.close()
+    with new_folder(out) as folder, writing(folder):
+        for name, content in {"config.json": json.dumps(config, indent=2) + "\n", **texts}.items():
+            (folder / name).write_text(content, encoding="utf-8")
+        save_tokenizer(tokenizer, folder)
+        specs = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+        with SafetensorsWriter(folder / WEIGHTS, specs, {"format": "pt"}) as file:
+            for name, tensor in tensors.items():
+                file.write(name, tensor)
 
 
 def run(arguments: list[str] | None = None) -> None:

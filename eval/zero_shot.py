@@ -15,7 +15,8 @@ from rich.table import Table
 from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.extras import needs
-from barber_jax.console.files import expand, writing
+from barber_jax.console.files import expand
+from barber_jax.console.outputs import output_file, write_whole
 from barber_jax.devices.options import ComputeDtype
 from barber_jax.devices.settings import prepare_jax
 
@@ -135,15 +136,11 @@ def table(record: dict) -> Table:
 def run(arguments: list[str] | None = None) -> None:
     """Command line: print a table of results, and write them to --json."""
     config = parse(ZeroShotConfig, "barber_jax.eval.zero_shot", arguments)
-    if config.json is not None and (config.json.is_dir() or not config.json.parent.is_dir()):
-        raise BarberError(
-            f"--json {config.json} is a folder or its folder does not exist; name a file in an existing one"
-        )
     prepare_jax()
-    record = evaluate(config)
-    if config.json is not None:
-        with writing(config.json):
-            config.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    with output_file(config.json) as file:
+        record = evaluate(config)
+        if file:
+            write_whole(file, json.dumps(record, indent=1) + "\n")
     Console().print(table(record))
 
 

@@ -19,6 +19,7 @@ May import: nothing of this package.
 | `streams` | standard streams that are closed, full or gone |
 | `locks` | one lock per output folder; folders recognised by what they are |
 | `files` | file-system errors while writing |
+| `outputs` | files and folders that are seen whole or not at all |
 """
 
 from barber_jax.console.errors import BarberError, DamagedInput, exit_with_one_line

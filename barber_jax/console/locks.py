@@ -29,8 +29,8 @@ _READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 @contextlib.contextmanager
-def output_lock(folder: Path) -> Iterator[None]:
-    """Context manager that locks an output folder, which need not exist.
+def output_lock(folder: Path, kind: str = "folder") -> Iterator[None]:
+    """Context manager that locks an output folder, or a file (`kind` "file"), which need not exist.
 
     Missing parents are created; on leaving, those of them that are still empty are removed. Where the parent is
     read-only, so that no command can replace the folder itself, the lock file is in the folder.
@@ -47,21 +47,21 @@ def output_lock(folder: Path) -> Iterator[None]:
                     stack.callback(_remove_if_empty, parent)
             path = folder.with_name(f".{folder.name}.lock") if folder.name else folder / ".lock"
             try:
-                stack.enter_context(_held(path, folder))
+                stack.enter_context(_held(path, folder, kind))
             except OSError as error:
                 if path.exists() and isinstance(error, PermissionError):
                     raise BarberError(
                         f"{folder}: its lock {path} belongs to another user, who writes there or whose command was "
-                        "killed; if nobody does, delete that file, or choose another folder"
+                        f"killed; if nobody does, delete that file, or choose another {kind}"
                     ) from error
                 if error.errno not in _READ_ONLY or not folder.is_dir():
                     raise
-                stack.enter_context(_held(folder / ".lock", folder))
+                stack.enter_context(_held(folder / ".lock", folder, kind))
         yield
 
 
 @contextlib.contextmanager
-def _held(path: Path, folder: Path) -> Iterator[None]:
+def _held(path: Path, folder: Path, kind: str) -> Iterator[None]:
     """Context manager that holds the lock file `path` of `folder`."""
     # Waiting also covers a holder that removes the file between our opening and locking it.
     lock = FileLock(path, timeout=WAIT_S)
@@ -69,7 +69,7 @@ def _held(path: Path, folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise BarberError(
-            f"{folder} is being written by {_holder(path)}; wait until that has ended, or choose another folder"
+            f"{folder} is being written by {_holder(path)}; wait until that has ended, or choose another {kind}"
         ) from None
     try:
         if isinstance(lock, SoftFileLock):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from barber_jax.console.errors import BarberError
-from barber_jax.console.files import writing
+from barber_jax.console.outputs import write_whole
 from barber_jax.convert.export import MASKS
 from barber_jax.masks.mask_file import read_masks
 from barber_jax.reports.markup import Html, element
@@ -39,8 +39,7 @@ def write_report(folder: Path, name: str | None = None) -> Path:
     title = name or folder.resolve().name
     content = page(f"{title} - barber_jax", _sections(title, record, outputs))
     path = folder / REPORT
-    with writing(path):
-        path.write_text(content, encoding="utf-8")
+    write_whole(path, content)
     return path
 
 
