@@ -31,6 +31,7 @@ from barber_jax.recovery.objective import Objective
 from barber_jax.recovery.program import ALL, Program, load, load_masks
 from barber_jax.recovery.recover_config import RecoverConfig
 from barber_jax.recovery.result import write_result
+from barber_jax.reports.events import EventLog
 from barber_jax.reports.page import try_writing
 from barber_jax.reports.recover_card import write_recover_card
 from barber_jax.reports.recover_page import write_recover_report
@@ -172,7 +173,7 @@ def train(
     state: training.State,
     checkpoints: Checkpoints,
     progress: Progress,
-    events: Any,
+    events: EventLog | None,
 ) -> Outcome:
     """Train from the start, or from the last checkpoint of a run that is resumed."""
     config = run.config
