@@ -263,6 +263,22 @@ class PruneConfig(
         return needs_dense_stream(self)
 
 
+def recorded_command(options: Mapping[str, Any]) -> list[str] | None:
+    """Command line, as from `PruneConfig.command_line`, of the run whose options run.json has.
+
+    None where this version cannot give those options.
+    """
+    known = {field.name for field in dataclasses.fields(PruneConfig)}
+    given = {name: value for name, value in options.items() if name in known}
+    if given.get("masks") or given.get("sparse_ckpt"):
+        # Recorded is the sparsity of the given masks, which is no option beside them.
+        given["sparsity"] = None
+    try:
+        return PruneConfig(**given).command_line()
+    except (BarberError, TypeError, ValueError):
+        return None
+
+
 def _preset(arguments: list[str]) -> str | None:
     """Value of the last --preset on the command line, or None."""
     found = None

@@ -6,6 +6,7 @@ import pytest
 from mutations import DAMAGE, changed, files_of, fuzz, places
 from recovered import measured, recover_json, run_json, write_recovered
 
+from barber_jax.config import PruneConfig, recorded_command
 from barber_jax.console.errors import BarberError
 from barber_jax.console.structure import WrongStructure
 from barber_jax.reports.recover_check import check_recover_record
@@ -143,3 +144,21 @@ def test_no_file_and_no_json(tmp_path):
 def test_hostile_files_end_in_one_line(tmp_path, capsys):
     write_recovered(tmp_path, recover_json(steps=10, perplexity=measured(3.0)))
     fuzz(tmp_path, files_of(tmp_path), ["recover.json"], lambda: read_recover_record(tmp_path), 200, capsys)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["--ckpt", "m", "--sparsity", "0.6", "--method", "sparsegpt", "--seed", "3"],
+        ["--ckpt", "m", "--pattern", "2:4", "--preset", "best", "--eval-text", "a b.txt"],
+        ["--ckpt", "m", "--masks", "x/masks.safetensors", "--pattern", "2:4", "--no-rebuild", "--refine", "3"],
+    ],
+    ids=["unstructured", "preset", "given masks"],
+)
+def test_the_pruning_command_is_known_from_its_record(line):
+    config = PruneConfig.parse("barber_jax.prune", [*line, "--out", "pruned"])
+    recorded = json.loads(
+        json.dumps({**config.as_dict(), "sparsity": config.as_dict()["sparsity"] or 0.5}, default=str)
+    )
+    assert recorded_command(recorded) == config.command_line()
+    assert recorded_command({**recorded, "samples": -1}) is None
