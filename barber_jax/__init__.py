@@ -15,6 +15,7 @@ __version__ = "0.2.0"
 _PUBLIC = {
     "BarberError": "barber_jax.console",
     "PruneConfig": "barber_jax.config",
+    "RecoverConfig": "barber_jax.recovery.recover_config",
     "build_model": "barber_jax.models",
     "generate": "barber_jax.forward.generation",
     "keep_pruned": "barber_jax.masks.keep_pruned",
@@ -25,7 +26,7 @@ _PUBLIC = {
     "zero_pruned": "barber_jax.masks.keep_pruned",
 }
 """Name -> the module that defines it."""
-_COMMANDS = ("prune",)
+_COMMANDS = ("prune", "recover")
 """Modules at the top of the package that are the function of their name too (console/callable_module.py)."""
 __all__ = sorted([*_PUBLIC, *_COMMANDS, "__version__"])
 

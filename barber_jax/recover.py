@@ -1,17 +1,16 @@
 """Command `python -m barber_jax.recover`: train the surviving weights of a pruned checkpoint, its zeros held."""
 
 import contextlib
-import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 
-from barber_jax.config import PruneConfig
+from barber_jax.config import recorded_command
 from barber_jax.console import interrupt
+from barber_jax.console.callable_module import make_callable
 from barber_jax.console.errors import BarberError, DamagedInput, exit_with_one_line
 from barber_jax.console.progress import Progress
 from barber_jax.convert.export import RECOVERED, FolderWriter, claimed, sibling_path
@@ -64,9 +63,8 @@ def _recover(config: RecoverConfig) -> dict:
         config, measured = run.config, {}
         writer = stack.enter_context(open_writer(run)) if is_primary() else None
         checkpoints = stack.enter_context(open_checkpoints(run))
-        events = (
-            stack.enter_context(contextlib.closing(EventLog(config.log_dir))) if writer and config.log_dir else None
-        )
+        log_dir, done = config.log_dir if writer else None, max(checkpoints.steps(), default=0)
+        events = stack.enter_context(contextlib.closing(EventLog(log_dir, done))) if log_dir else None
         sparsity = f"{run.masks.sparsity:.4f} ({run.masks.pattern})"
         progress.say(recover_headline(config.as_dict(), run.model, run.devices, sparsity, run.text.tokens))
         measure = partial(measure_perplexity, config, run.model, run.windows, progress)
@@ -83,11 +81,12 @@ def _recover(config: RecoverConfig) -> dict:
                 if writer:
                     measured["perplexity"] = measure(HFFolder(writer.folder), "recovered model")
         log, source = outcome.log, source_entry(run.checkpoint.location)
+        pruned_by = recorded_command(source["run"]["options"]) if source["run"] else None
         record = recover_record(
             config.as_dict(),
             run.model,
             run.devices.used,
-            commands={"recover": config.command_line(), "prune": prune_command(source["run"])},
+            commands={"recover": config.command_line(), "prune": pruned_by},
             source=source,
             sparsity=run.masks.sparsity,
             pattern=run.masks.pattern,
@@ -232,18 +231,6 @@ def publish(config: RecoverConfig, record: dict, writer: FolderWriter, progress:
         writer.publish()
 
 
-def prune_command(record: Mapping[str, Any] | None) -> list[str] | None:
-    """Options of barber_jax.prune that give a checkpoint, from its run.json; None where they are not known."""
-    if not record:
-        return None
-    known = {field.name for field in dataclasses.fields(PruneConfig)}
-    try:
-        return PruneConfig(**{name: value for name, value in record["options"].items() if name in known}).command_line()
-    except BarberError:
-        # Written by a version with other options: no reason to lose the result.
-        return None
-
-
 def run(arguments: list[str] | None = None) -> None:
     """Run the command with command-line arguments (default sys.argv)."""
     config = RecoverConfig.parse("barber_jax.recover", arguments)
@@ -251,6 +238,8 @@ def run(arguments: list[str] | None = None) -> None:
     join(config.coordinator, config.processes, config.process, config.public_coordinator)
     recover(config)
 
+
+make_callable(__name__, recover)
 
 if __name__ == "__main__":
     exit_with_one_line(run)

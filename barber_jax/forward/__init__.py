@@ -7,6 +7,7 @@ May import: console, masks, models, data, convert, devices.
 | `passes` | jitted passes through the embeddings, a block and the head |
 | `streams` | hidden states of all samples, on the device or in host memory |
 | `dense` | forward pass through a whole checkpoint, block by block |
+| `evaluation` | perplexity as a step of other commands |
 | `perplexity` | perplexity of a checkpoint |
 | `generation` | tokens one after the other, greedily or sampled, with a key-value cache |
 | `resident` | a whole model in device memory: log-likelihoods and generation |
