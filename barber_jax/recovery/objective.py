@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 
 from barber_jax.forward.passes import Parameters
@@ -93,16 +92,24 @@ class Objective:
         has_target = (jnp.arange(length + padding) < length - 1).reshape(-1, step)
         count = batch * (length - 1)
 
+        def mean(values: jax.Array, mask: jax.Array) -> jax.Array:
+            """Contribution of a chunk [B, step] to the mean over all tokens that have a target."""
+            return jnp.sum(jnp.where(mask, values, 0.0)) / count
+
         def loss(trained: Parameters, states: jax.Array, wanted: jax.Array, labels: jax.Array, mask: jax.Array):
             logits = program.logits({**others, **trained}, constrain(states, ALL))
-            entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            divergence = jnp.zeros_like(entropy)
+            log_probabilities = jax.nn.log_softmax(logits)
+            # Not by an index: its gradient would be a scatter, which is slow where it must be repeatable.
+            chosen = jnp.arange(logits.shape[-1]) == labels[..., None]
+            entropy = mean(-jnp.sum(jnp.where(chosen, log_probabilities, 0.0), axis=-1), mask)
+            divergence = jnp.zeros((), jnp.float32)
             if teacher:
                 dense = jax.nn.log_softmax(program.logits(of_teacher, constrain(wanted, ALL)))
-                divergence = jnp.sum(jnp.exp(dense) * (dense - jax.nn.log_softmax(logits)), axis=-1)
-            kl, entropy = (jnp.sum(jnp.where(mask, value, 0.0)) / count for value in (divergence, entropy))
-            total = (1 - self.mix) * kl + self.mix * entropy
-            return total, {"loss": total, "kl": kl, "cross_entropy": entropy}
+                divergence = mean(jnp.sum(jnp.exp(dense) * (dense - log_probabilities), axis=-1), mask)
+            # What has no share in the loss is not differentiated either.
+            parts = [(1 - self.mix, divergence), (self.mix, entropy)]
+            total = sum(share * value for share, value in parts if share)
+            return total, {"loss": total, "kl": divergence, "cross_entropy": entropy}
 
         zero = {name: jnp.zeros((), jnp.float32) for name in ("loss", "kl", "cross_entropy")}
         pieces = (chunks(hidden), chunks(target), chunks(labels), has_target)

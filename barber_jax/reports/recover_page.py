@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from barber_jax.console.files import writing
+from barber_jax.console.outputs import write_whole
 from barber_jax.console.structure import MAX_NUMBER
 from barber_jax.reports.markup import Html, element
 from barber_jax.reports.parts import device_pairs, duration, kind_of, memory_figures, option_pairs, version_pairs
@@ -36,8 +36,7 @@ def write_recover_report(folder: Path, name: str | None = None) -> Path:
     record, title = read_recover_record(folder), name or folder.resolve().name
     content = page(f"{title} - barber_jax", sections(title, record))
     path = folder / REPORT
-    with writing(path):
-        path.write_text(content, encoding="utf-8")
+    write_whole(path, content)
     return path
 
 
