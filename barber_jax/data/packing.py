@@ -51,8 +51,8 @@ class Windows(Sequence):
 
     def split(self, held_out: int, seed: int) -> tuple["Windows", np.ndarray]:
         """Hold out some windows, drawn by the seed: the other ones, in order; and int32 [held_out, L]."""
-        # Not the seed alone: calibration draws its samples of the same text by it, and what a pruned model was fitted to
-        # must be no judge of it.
+        # Not by the seed alone: calibration draws its samples of the same text by it, and what a pruned model was
+        # fitted to must be no judge of it.
         held = sorted(random.Random(f"held out {seed}").sample(range(len(self)), held_out))
         rest = Windows(self.ids, self._length, np.delete(self._chosen, held))
         return rest, np.array([self[index] for index in held], np.int32).reshape(held_out, self._length)

@@ -309,22 +309,3 @@ def test_batches_that_cannot_be_are_refused(tmp_path):
         packing.batches(text, batch=5, seed=0)
     with pytest.raises(BarberError, match="--batch 3 must be a multiple of the number of processes, 2"):
         packing.batches(text, batch=3, seed=0, processes=2)
-
-
-def test_held_out_windows_are_not_the_calibration_samples_of_the_same_seed(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text(" ".join(str(number) for number in range(40_000)))
-
-    class Tokenizer:
-        """One token for each word."""
-
-        def __call__(self, text, **_):
-            return {"input_ids": [int(word) for word in text.split()]}
-
-    found = open_text(str(path), Tokenizer, length=10, seed=0, held_out=16, needed=1000, vocab_size=40_000)
-    arguments = {"samples": 64, "length": 10, "seed": 0, "vocab_size": 40_000}
-    calibration = load_calibration(str(path), Tokenizer, **arguments)
-    starts = set(found.held_out[:, 0].tolist())
-    assert len(starts) == 16
-    # 64 of 4000 windows: by chance about 0.26 of the 16 are among them, but not all.
-    assert len(starts & set(calibration[:, 0].tolist())) <= 4
