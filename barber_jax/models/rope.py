@@ -1,7 +1,8 @@
 """Rotary position embedding: reads its parameters from a configuration and rotates queries and keys.
 
 Sources: RoFormer (arXiv 2104.09864) for the rotation; linear scaling (arXiv 2306.15595); llama3 scaling as released
-with Llama 3.1. Feature order is Hugging Face's: feature i of a head is rotated with feature i + head size / 2.
+with Llama 3.1; YaRN (arXiv 2309.00071), as transformers computes it. Feature order is Hugging Face's: feature i of a
+head is rotated with feature i + head size / 2.
 """
 
 import math
@@ -17,10 +18,21 @@ from barber_jax.models.numbers import SMALLEST, positive
 FASTEST = 1e6
 """Radians per position from which float32 no longer resolves the angles of consecutive positions."""
 
+MOST_ATTENTION = 100.0
+"""Largest factor by which YaRN may lengthen, or shorten, queries and keys; published models have up to 2."""
+
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary parameters. `factor` is used by the kinds `linear` and `llama3`, the fields after it by `llama3` only."""
+    """Rotary parameters, of which `default` uses `theta` only, `linear` also `factor`, and the others what they need.
+
+    Attributes:
+        original_positions: number of positions before scaling, for `llama3` and `yarn`.
+        attention_factor: what `yarn` multiplies cosines and sines by, and so queries and keys; 1 for the others.
+        fast, slow: rotations within the original positions from which `yarn` keeps a frequency, and up to which it
+            divides it by `factor`.
+        truncate: whether `yarn` rounds the features between which it blends.
+    """
 
     theta: float = 10000.0
     kind: str = "default"
@@ -28,13 +40,17 @@ class Rope:
     low_frequency_factor: float = 1.0
     high_frequency_factor: float = 4.0
     original_positions: float = 8192
+    attention_factor: float = 1.0
+    fast: float = 32.0
+    slow: float = 1.0
+    truncate: bool = True
 
     @classmethod
     def from_hf(cls, config: dict) -> "Rope":
         """Read the entries of config.json, in the old spelling (rope_theta, rope_scaling) or the new (rope_parameters).
 
         Raises:
-            BarberError: a rope type that is not default, linear or llama3, settings that differ between kinds of
+            BarberError: a rope type that is not default, linear, llama3 or yarn, settings that differ between kinds of
                 layers, or a missing or invalid parameter.
         """
         given = _settings(config)
@@ -53,11 +69,51 @@ class Rope:
                     raise BarberError(f"config.json: low_freq_factor {low:g} must be below high_freq_factor {high:g}")
                 original = _positive(given, "original_max_position_embeddings")
                 return cls(theta, kind, _positive(given, "factor"), low, high, original)
+            if kind == "yarn":
+                return cls._yarn(theta, given, config.get("max_position_embeddings"))
         except KeyError as missing:
             raise BarberError(f"config.json: rope type {kind!r} needs {missing}") from None
         raise BarberError(
-            f"config.json: rope type {kind!r} is not supported (known: default, linear, llama3); "
+            f"config.json: rope type {kind!r} is not supported (known: default, linear, llama3, yarn); "
             "prune with the rotary settings that the model was trained with"
+        )
+
+    @classmethod
+    def _yarn(cls, theta: float, given: dict, positions: int | None) -> "Rope":
+        original = _positive(given, "original_max_position_embeddings")
+        if given["factor"] is None and positions:
+            given = given | {"factor": positions / original}
+        factor = _positive(given, "factor")
+        # As in transformers, null and 0 stand for the default.
+        fast, slow, scale, scale_all = (
+            _positive(given, key) if given.get(key) else default
+            for key, default in (("beta_fast", 32.0), ("beta_slow", 1.0), ("mscale", None), ("mscale_all_dim", None))
+        )
+        if given.get("attention_factor") is not None:
+            attention = _positive(given, "attention_factor")
+        elif scale and scale_all:
+            attention = _attention_factor(factor, scale) / _attention_factor(factor, scale_all)
+        else:
+            attention = _attention_factor(factor)
+        if theta <= 1 or not 1 / MOST_ATTENTION <= attention <= MOST_ATTENTION:
+            raise BarberError(
+                f"config.json: rope type 'yarn' with rope_theta {theta:g} and an attention factor of {attention:g}: "
+                f"above 1 and within a factor of {MOST_ATTENTION:g} are supported; fetch it again"
+            )
+        truncate = given.get("truncate", True)
+        if not isinstance(truncate, bool):
+            raise BarberError(f"config.json: rope parameter truncate must be true or false, not {truncate!r}")
+        return cls(
+            theta,
+            "yarn",
+            factor,
+            1.0,
+            4.0,
+            original,
+            attention_factor=attention,
+            fast=fast,
+            slow=slow,
+            truncate=truncate,
         )
 
     def check(self, head_size: int) -> None:
@@ -92,6 +148,8 @@ class Rope:
             return frequency / np.float32(self.factor)
         if self.kind == "llama3":
             return self._llama3(frequency)
+        if self.kind == "yarn":
+            return self._blend(frequency, exponent, head_size)
         return frequency
 
     def _llama3(self, frequency: np.ndarray) -> np.ndarray:
@@ -104,6 +162,24 @@ class Rope:
         out = np.where(wavelength > self.original_positions / low, frequency / self.factor, between)
         return np.where(wavelength < self.original_positions / high, frequency, out).astype(np.float32)
 
+    def _blend(self, frequency: np.ndarray, exponent: np.ndarray, head_size: int) -> np.ndarray:
+        # Features that rotate often within the original positions keep their frequency, the slowest are divided by
+        # `factor`, and those in between, counted in features, are blended.
+        power = (self.theta ** exponent.astype(np.float64)).astype(np.float32)
+        stretched = np.float32(1) / (np.float32(self.factor) * power)
+        low, high = (
+            head_size * math.log(self.original_positions / (rotations * 2 * math.pi)) / (2 * math.log(self.theta))
+            for rotations in (self.fast, self.slow)
+        )
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_size - 1)
+        if low == high:
+            high += 0.001
+        feature = np.arange(head_size // 2, dtype=np.float32)
+        kept = 1 - np.clip((feature - np.float32(low)) / np.float32(high - low), 0, 1)
+        return stretched * (1 - kept) + frequency * kept
+
     def rotate(self, x: jax.Array, position: jax.Array | None = None) -> jax.Array:
         """Rotate heads [S, L, H, E] by position: 0..L-1, or int32 [S] for one token per sequence (L = 1)."""
         length, size = x.shape[1], x.shape[-1]
@@ -112,7 +188,8 @@ class Rope:
         else:
             angle = position.astype(jnp.float32)[:, None, None] * self.inverse_frequencies(size)
         angle = jnp.concatenate([angle, angle], axis=-1)[:, :, None, :]
-        cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
+        # In float32, also where x is not.
+        cos, sin = ((of(angle) * self.attention_factor).astype(x.dtype) for of in (jnp.cos, jnp.sin))
         first, second = jnp.split(x, 2, axis=-1)
         return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
 
@@ -148,3 +225,8 @@ def _settings(config: dict) -> dict:
 
 def _positive(given: dict, key: str) -> float:
     return positive(f"rope parameter {key}", given[key])
+
+
+def _attention_factor(factor: float, scale: float = 1.0) -> float:
+    """YaRN's length of queries and keys for a stretch by `factor`."""
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0

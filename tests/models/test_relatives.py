@@ -13,7 +13,18 @@ from barber_jax.console.errors import BarberError
 from barber_jax.models import build_model
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 7}
+YARN = {
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "beta_fast": 4,
+    }
+}
 LAYOUTS = [
+    *((family, YARN) for family in ("llama", "mistral", "qwen2", "qwen3")),
+    ("qwen2", {"rope_parameters": YARN["rope_parameters"] | {"attention_factor": 0.6, "truncate": False}}),
     ("mistral", {}),
     ("mistral", {"num_key_value_heads": 4}),
     ("mistral", {"head_dim": 24}),
