@@ -110,6 +110,7 @@ def _open_folder(folder: Path, location: str | None = None) -> Checkpoint:
 
     for kind in (HFFolder, TorchBinFolder):
         if kind.has_weights(folder):
+            _refuse_model_with_adapter(folder, location)
             return kind(folder, location)
     if (folder / ORBAX).is_dir():
         from barber_jax.convert.orbax_folder import OrbaxCheckpoint
@@ -121,6 +122,21 @@ def _open_folder(folder: Path, location: str | None = None) -> Checkpoint:
         raise BarberError(f"{location or folder}: holds a GGUF file; give {found} itself")
     # Raises an error that names the missing file.
     return HFFolder(folder, location)
+
+
+def _refuse_model_with_adapter(folder: Path, location: str | None) -> None:
+    """Raise BarberError if a folder holds a model and a PEFT adapter, which transformers applies to it.
+
+    From the Hub (`location` is given) transformers takes the adapter and its own base model instead; the adapter's
+    weights are not fetched here. A configuration without weights is a leftover.
+    """
+    weights = any((folder / f"adapter_model.{suffix}").is_file() for suffix in ("safetensors", "bin"))
+    if (folder / "adapter_config.json").is_file() and (weights or location):
+        raise BarberError(
+            f"{location or folder}: holds a model and a PEFT adapter beside it; merge them with PEFT's "
+            "merge_and_unload(), save that and give its folder; for the model alone give a folder without "
+            "adapter_config.json"
+        )
 
 
 def _refuse_adapter(folder: Path, location: str) -> None:

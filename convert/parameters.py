@@ -7,6 +7,7 @@ import numpy as np
 from barber_jax.console.errors import BarberError
 from barber_jax.convert.checkpoint import Checkpoint
 from barber_jax.convert.tied_head import HEAD
+from barber_jax.models import plain_config
 from barber_jax.models.decoder import Definition
 from barber_jax.models.family import Model
 
@@ -57,7 +58,9 @@ def check_tensors(checkpoint: Checkpoint, model: Model) -> None:
         for path, shape in definition.shapes:
             name = table[path]
             if name not in present:
-                raise BarberError(f"{checkpoint.location}: tensor {name} is missing; {_remedy(name, model, present)}")
+                raise BarberError(
+                    f"{checkpoint.location}: tensor {name} is missing; {_remedy(name, checkpoint, model)}"
+                )
             _check_shape(checkpoint, name, tuple(reversed(shape)) if path.endswith(".kernel") else shape)
             checkpoint.dtype(name)
             expected.add(name)
@@ -89,7 +92,13 @@ def check_names_and_shapes(
             raise BarberError(f"{what} {name} has shape {list(given[name])}, in {checkpoint.location} {list(shape)}")
 
 
-def _remedy(name: str, model: Model, present: set[str]) -> str:
+def _remedy(name: str, checkpoint: Checkpoint, model: Model) -> str:
+    present = set(checkpoint.names())
+    listed = checkpoint.config.get("architectures") or []
+    base = next((each for each in listed if each.lower().endswith("model")), None)
+    if name == HEAD and base:
+        (whole,) = plain_config(checkpoint.config)["architectures"]
+        return f"it was saved from the base model ({base}), which has no head: save it from {whole}"
     pair = {model.names.embed["embed_tokens.embedding"], HEAD}
     if name in pair and pair & present:
         (other,) = pair - {name}
@@ -108,6 +117,12 @@ def _parts(model: Model) -> Iterator[tuple[Definition, dict[str, str]]]:
 
 def _check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
     given = checkpoint.shape(name)
+    if 0 in given:
+        raise BarberError(
+            f"{checkpoint.location}: tensor {name} is empty (shape {list(given)}), as DeepSpeed's ZeRO-3 saves what is "
+            "spread over processes; make whole weights with zero_to_fp32.py from the training checkpoint, or save "
+            "again with stage3_gather_16bit_weights_on_model_save"
+        )
     if given != shape:
         raise BarberError(
             f"{checkpoint.location}: tensor {name} has shape {list(given)}, config.json asks for {list(shape)}; "

@@ -232,8 +232,49 @@ def test_adapter_is_named(tmp_path, tiny):
     (adapter / "adapter_config.json").write_text("[]")
     shutil.copyfile(tiny() / "config.json", adapter / "config.json")
     refused(adapter, "a PEFT adapter, not a model; merge it into its base model with")
-    shutil.copyfile(tiny() / "model.safetensors", adapter / "model.safetensors")
-    assert_same(tensors_of(adapter), tensors_of(tiny()))
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_an_adapter_beside_a_model_is_not_left_out_in_silence(tmp_path, tiny, suffix):
+    """transformers applies it where PEFT is installed."""
+    folder = shutil.copytree(tiny(), tmp_path / "both")
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "x/y"}))
+    # A leftover.
+    assert_same(tensors_of(folder), tensors_of(tiny()))
+    (folder / f"adapter_model.{suffix}").touch()
+    refused(folder, r"holds a model and a PEFT adapter beside it; merge them .* a folder without adapter_config\.json")
+
+
+def test_an_adapter_on_the_hub_stands_for_its_own_base_model(tmp_path, tiny, monkeypatch):
+    folder = shutil.copytree(tiny(), tmp_path / "both")
+    monkeypatch.setattr("barber_jax.convert.download.download", lambda spec: folder)
+    assert_same(tensors_of("a/b"), tensors_of(tiny()))
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(BarberError, match=r"^a/b: holds a model and a PEFT adapter"):
+        open_checkpoint("a/b")
+
+
+def test_an_untied_base_model_has_no_head(tmp_path, tiny):
+    folder = rewritten(tiny(), tmp_path / "base", lambda name: name, architectures=["LlamaModel"])
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file({name.removeprefix("model."): tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+    refused(
+        folder,
+        r"lm_head\.weight is missing; .* the base model \(LlamaModel\), which has no head: save it from LlamaFor",
+    )
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_weights_that_zero_3_left_elsewhere(tmp_path, tiny, everything):
+    folder = shutil.copytree(tiny(), tmp_path / "empty")
+    tensors = load_file(folder / "model.safetensors")
+    # Small tensors are kept whole by default.
+    empty = {name: np.zeros(0, np.float32) for name in tensors if everything or "norm" not in name}
+    save_file(tensors | empty, folder / "model.safetensors")
+    refused(
+        folder, r"is empty \(shape \[0\]\), as DeepSpeed's ZeRO-3 .* zero_to_fp32\.py .* stage3_gather_16bit_weights_on"
+    )
 
 
 def test_folder_of_gguf(tmp_path):
