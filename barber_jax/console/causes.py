@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import platform
+import re
 import shlex
 import sys
 import tempfile
@@ -23,6 +24,8 @@ DEVICE_MEMORY = (
     "on a CPU raise the limit on memory, or fewer or shorter samples"
 )
 
+_JAX_SETTING = re.compile(r"(?:for JAX flag|for environment) '?(jax_\w+)", re.IGNORECASE)
+"""How JAX, on import, names one of its settings that the environment gives a value that it cannot have."""
 _NO_MEMORY = ("Cannot allocate memory", "failed to map segment", "cannot allocate memory")
 """What the system says of a lack of memory where a library is loaded, or a file mapped."""
 
@@ -43,6 +46,9 @@ def explain(error: BaseException) -> str | None:
         cause = _first_line(text).partition(" (set JAX_PLATFORMS")[0]
         where = f"JAX_PLATFORMS={given}" if given else "JAX"
         return f"{where}: {cause}; set JAX_PLATFORMS to a platform that is installed here, such as cpu"
+    if isinstance(error, ValueError) and (setting := _JAX_SETTING.search(text)):
+        name = setting[1].upper()
+        return f"{_first_line(text)}; correct the environment variable {name}, or unset it"
     if is_panic(error):
         return f"the tokenizers library failed ({text}); the tokenizer's files are damaged: fetch them again"
     if isinstance(error, OSError):

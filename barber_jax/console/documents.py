@@ -31,6 +31,17 @@ SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 """An escape in JSON for half of a surrogate pair; the other half may follow."""
 
 
+class _YAMLLoader(yaml.BaseLoader):
+    """BaseLoader that refuses a key that stands twice in a mapping, as TOML does: one of the two would be ignored."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for key in keys if keys.count(key) > 1), None) if len(keys) != len(set(keys)) else None
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} stands there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 class DocumentError(ValueError):
     """A text is not of its format, or beyond the bounds; the message says what is wrong, in part of a line."""
 
@@ -55,7 +66,7 @@ def parse(text: str, kind: str = "json") -> Any:
         elif kind == "toml":
             content = tomllib.loads(text)
         else:
-            content = yaml.load(text, yaml.BaseLoader)
+            content = yaml.load(text, _YAMLLoader)
     except RecursionError:
         raise DocumentError("nested too deeply") from None
     except (ValueError, yaml.YAMLError) as error:

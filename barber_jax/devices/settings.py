@@ -28,10 +28,23 @@ def prepare_jax(compilation_cache: str | None = None, precision: MatmulPrecision
         BarberError: as `set_compilation_cache`.
     """
     set_gpu_determinism()
+    for name, value in RESULTS_DEPEND_ON.items():
+        # A version of JAX may lack one of them.
+        if hasattr(jax.config, name):
+            jax.config.update(name, value)
     set_precision(precision)
     set_compilation_cache(compilation_cache)
 
 
+RESULTS_DEPEND_ON = {
+    "jax_enable_x64": False,
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_numpy_rank_promotion": "allow",
+}
+"""Settings of JAX under which the same command would give something else, or fail: a user's JAX_ENABLE_X64, meant for
+another program, changes nothing."""
 GPU_FLAGS = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_enable_triton_gemm=false")
 """Flags of XLA. By default it times several kernels for every matrix product and takes the fastest: compiling takes
 long, and two runs may choose, and so round, differently. With cuBLAS alone there is nothing to choose."""
@@ -87,6 +100,8 @@ def set_compilation_cache(place: str | None) -> None:
     if not writable:
         if place:
             raise BarberError(f"--compilation-cache {place}: cannot be written; give another folder, or 'off'")
+        # JAX itself reads JAX_COMPILATION_CACHE_DIR, and would warn at every program.
+        jax.config.update("jax_compilation_cache_dir", None)
         return
     keep_entries_whole()
     jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -30,6 +30,7 @@ BOMB = "a0: &a0 x\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\
         ("yaml", "&a [*a]", "recursive"),
         ("yaml", "[" * 100_000, "nested"),
         ("yaml", "a: [", "expected"),
+        ("yaml", "a: 1\nb: [{c: 1, d: 2, c: 3}]", "'c' stands there twice"),
         ("yaml", " " * documents.MAX_SETTINGS + "a", "more than"),
         ("toml", "a = " + "[" * 100_000, "nested"),
         ("toml", "a." * 50_000 + "a = 1", "more than 64 parts"),

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -64,6 +65,16 @@ def test_lack_of_device_memory_names_the_stage_and_what_helps(capsys):
     assert status == 2
     assert line.startswith("out of memory at block 3, mlp gradient (RESOURCE_EXHAUSTED: Out of memory")
     assert all(option in line for option in ("--batch", "--offload-activations", "--mesh"))
+
+
+@pytest.mark.parametrize("name", ["JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION"])
+def test_a_setting_of_jax_that_it_does_not_know(name, tmp_path):
+    """The messages are JAX's own, so this fails when JAX words them anew."""
+    environment = os.environ | {name: "perhaps"}
+    line = [sys.executable, "-m", "barber_jax.report", tmp_path]
+    process = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 2 and len(process.stderr.splitlines()) == 1
+    assert process.stderr.endswith(f"; correct the environment variable {name}, or unset it\n")
 
 
 def test_a_platform_that_is_not_there(capsys, monkeypatch):
@@ -180,7 +191,15 @@ def test_a_cache_without_a_home_is_left_out(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     before = jax.config.jax_compilation_cache_dir
-    set_compilation_cache(None)
-    assert jax.config.jax_compilation_cache_dir == before
+    try:
+        for given in (None, "/dev/null/x"):
+            if given:
+                # JAX has read it already.
+                monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", given)
+                jax.config.update("jax_compilation_cache_dir", given)
+            set_compilation_cache(None)
+            assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
     with pytest.raises(BarberError, match="--compilation-cache ~/x: cannot be written"):
         set_compilation_cache("~/x")

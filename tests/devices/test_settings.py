@@ -65,6 +65,30 @@ def test_commands_without_the_option_compute_in_full_precision(default_precision
     assert precision_of_a_product() == (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
 
 
+UNWANTED = {
+    "jax_enable_x64": True,
+    "jax_default_prng_impl": "rbg",
+    "jax_threefry_partitionable": False,
+    "jax_numpy_dtype_promotion": "strict",
+    "jax_numpy_rank_promotion": "raise",
+}
+
+
+def test_a_users_settings_for_other_programs_change_nothing(default_precision):
+    """As JAX reads them from the environment."""
+    assert settings.RESULTS_DEPEND_ON.keys() == UNWANTED.keys()
+    before = {name: getattr(jax.config, name) for name in UNWANTED}
+    try:
+        for name, value in UNWANTED.items():
+            jax.config.update(name, value)
+        settings.prepare_jax("off")
+        assert {name: getattr(jax.config, name) for name in UNWANTED} == settings.RESULTS_DEPEND_ON
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
 def test_what_the_options_change():
     """The precision changes the result; how weights are selected does not."""
     assert identity(matmul_precision="high") != identity()
