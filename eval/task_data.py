@@ -30,7 +30,7 @@ def load_tasks(names: Sequence[str], data_dir: Path | None) -> dict[str, Configu
     Raises:
         BarberError: a task is unknown, or its data cannot be loaded.
     """
-    manager = _manager()
+    manager = task_manager()
     for name in names:
         if name not in manager.all_tasks:
             similar = difflib.get_close_matches(name, manager.all_tasks, 3)
@@ -45,7 +45,7 @@ def load_tasks(names: Sequence[str], data_dir: Path | None) -> dict[str, Configu
 
 
 @cache
-def _manager() -> TaskManager:
+def task_manager() -> TaskManager:
     """Index of lm-eval's tasks, cached because building it reads thousands of files."""
     return TaskManager()
 

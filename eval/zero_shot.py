@@ -73,7 +73,7 @@ def evaluate(config: ZeroShotConfig) -> dict:
         from lm_eval import simple_evaluate
 
         from barber_jax.eval.language_model import BarberLM
-        from barber_jax.eval.task_data import load_tasks
+        from barber_jax.eval.task_data import load_tasks, task_manager
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     data_dir = expand(config.data_dir) if config.data_dir else None
     tasks = load_tasks(config.tasks, data_dir)
@@ -83,6 +83,8 @@ def evaluate(config: ZeroShotConfig) -> dict:
         tasks=list(tasks.values()),
         num_fewshot=config.shots,
         limit=config.limit,
+        # By default it would index all of its tasks anew, which takes longer than a small task.
+        task_manager=task_manager(),
         log_samples=False,
         # Used only for metrics that are not means; standard errors of means have a closed form.
         bootstrap_iters=1000,

@@ -21,7 +21,7 @@ from lm_eval.models.huggingface import HFLM
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.eval import zero_shot
 from barber_jax.eval.language_model import BarberLM, padded_length
-from barber_jax.eval.task_data import load_tasks
+from barber_jax.eval.task_data import load_tasks, task_manager
 
 WORDS = ["water", "runs", "down", "the", "hill", "because", "a", "river", "is", "long", "near", "old", "towns"]
 VOCABULARY = 260
@@ -129,9 +129,8 @@ def pairs(tmp_path_factory):
 
 
 def samples(model, data, names):
-    return simple_evaluate(
-        model=model, tasks=list(load_tasks(names, data).values()), log_samples=True, bootstrap_iters=0
-    )
+    tasks = list(load_tasks(names, data).values())
+    return simple_evaluate(model, tasks=tasks, task_manager=task_manager(), log_samples=True, bootstrap_iters=0)
 
 
 @pytest.mark.parametrize(("family", "names"), [("llama", zero_shot.TASKS), ("opt", ("rte", "openbookqa"))])
