@@ -2,12 +2,14 @@
 
 import functools
 import importlib.util
+import itertools
 import mmap
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
+MAPPINGS, MOST_MAPPINGS, TESTS = Path("/proc/self/maps"), 40_000, itertools.count(1)
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 DEVICES = 8
 QUICK_TO_COMPILE = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
@@ -58,6 +60,18 @@ def optimized():
     yield
     jax.config.update("jax_disable_most_optimizations", True)
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def _programs_are_forgotten_in_time():
+    """Compiled programs stay in memory, each in many mappings, of which Linux allows a process 65530 by default: beyond
+    them JAX ends in a segmentation fault, where it reads a program from its cache or compiles one."""
+    yield
+    # To count them takes milliseconds.
+    if next(TESTS) % 8 == 0 and MAPPINGS.exists() and len(MAPPINGS.read_bytes().splitlines()) > MOST_MAPPINGS:
+        import jax
+
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session", autouse=True)
