@@ -52,7 +52,7 @@ def pytest_unconfigure(config):
 
 @pytest.fixture(scope="module")
 def optimized():
-    """Programs are compiled as users' are, within a module."""
+    """Programs are compiled with all optimizations, within a module; with `-m slow` exactly as users' are."""
     import jax
 
     jax.config.update("jax_disable_most_optimizations", False)

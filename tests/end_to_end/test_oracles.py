@@ -56,3 +56,10 @@ def test_masks_agree(family, case, content, tmp_path):
     config = PerplexityConfig(str(tmp_path / "out"), length=content["seqlen"], tokens=(folder / "eval_ids.npy",))
     # One swap more or less moves the loss of these random models in the third digit.
     assert math.isclose(evaluate(config)[0]["nll"], case["eval_nll"], rel_tol=5e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "case", "content"), list(cases()))
+def test_masks_agree_where_programs_are_compiled_as_users_are(family, case, content, tmp_path):
+    """`make slow-test` leaves out what makes the quick suite quick to compile."""
+    test_masks_agree(family, case, content, tmp_path)
