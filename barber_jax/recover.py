@@ -22,7 +22,7 @@ from barber_jax.devices.peak import matmul_rates
 from barber_jax.devices.settings import prepare_jax
 from barber_jax.forward.evaluation import measure_perplexity
 from barber_jax.recovery import training
-from barber_jax.recovery.checkpoints import Checkpoints
+from barber_jax.recovery.checkpoints import Checkpoints, DamagedRun
 from barber_jax.recovery.cost import operations_per_token
 from barber_jax.recovery.inputs import Prepared, compute_dtype, prepare
 from barber_jax.recovery.loop import Log, Outcome, Setup, run_steps
@@ -63,6 +63,7 @@ def _recover(config: RecoverConfig) -> dict:
         config, measured = run.config, {}
         writer = stack.enter_context(open_writer(run)) if is_primary() else None
         checkpoints = stack.enter_context(open_checkpoints(run))
+        stack.enter_context(keeping(checkpoints, progress))
         log_dir, done = config.log_dir if writer else None, max(checkpoints.steps(), default=0)
         events = stack.enter_context(contextlib.closing(EventLog(log_dir, done))) if log_dir else None
         sparsity = f"{run.masks.sparsity:.4f} ({run.masks.pattern})"
@@ -75,11 +76,10 @@ def _recover(config: RecoverConfig) -> dict:
             peak = max(matmul_rates(run.model, config.micro_batch * config.length, compute_dtype(config)).values())
             setup, state = begin(run)
             outcome = train(run, setup, state, checkpoints, progress, events)
-            with keeping(checkpoints, progress):
-                values, written = chosen_values(config, setup, outcome, checkpoints)
-                movement = write_result(run.checkpoint, run.model, run.masks, run.devices, writer, values)
-                if writer:
-                    measured["perplexity"] = measure(HFFolder(writer.folder), "recovered model")
+            values, written = chosen_values(config, setup, outcome, checkpoints)
+            movement = write_result(run.checkpoint, run.model, run.masks, run.devices, writer, values)
+            if writer:
+                measured["perplexity"] = measure(HFFolder(writer.folder), "recovered model")
         log, source = outcome.log, source_entry(run.checkpoint.location)
         pruned_by = recorded_command(source["run"]["options"]) if source["run"] else None
         record = recover_record(
@@ -104,8 +104,12 @@ def _recover(config: RecoverConfig) -> dict:
             **measured,
         )
         if writer:
-            publish(config, record, writer, progress)
-        checkpoints.remove()
+            complete(config, record, writer, progress)
+        interrupt.check()
+        with interrupt.deferred():
+            if writer:
+                writer.publish()
+            checkpoints.remove()
         progress.say(recover_summary(record))
     if outcome.diverged is not None:
         raise BarberError(
@@ -191,7 +195,7 @@ def train(
         progress.say(f"resuming after step {steps[-1]} of {config.steps}")
     report = events.scalars if events else lambda step, figures: None
     bar = progress.steps("recovering", config.steps, start=steps[-1] if steps else 0)
-    with bar as shown, keeping(checkpoints, progress):
+    with bar as shown:
         return run_steps(setup, state, log, iterator, checkpoints, shown, report)
 
 
@@ -201,6 +205,8 @@ def keeping(checkpoints: Checkpoints, progress: Progress) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        if not checkpoints.folder.exists() or isinstance(error, DamagedRun):
+            raise
         step = max(checkpoints.steps(), default=0)
         if step and not isinstance(error, DamagedInput):
             kept = f"step {step} is kept in {checkpoints.folder}"
@@ -221,14 +227,11 @@ def chosen_values(
     return training.final_kernels(values, setup.frozen, setup.masks, setup.plan.mesh), "last" if last else "best"
 
 
-def publish(config: RecoverConfig, record: dict, writer: FolderWriter, progress: Progress) -> None:
-    """Complete the output folder with everything about the run and give it its final name."""
+def complete(config: RecoverConfig, record: dict, writer: FolderWriter, progress: Progress) -> None:
+    """Complete the output folder with everything about the run."""
     writer.write_json(RECOVERED, record)
     write_recover_card(writer.folder, config.out.name, record)
     try_writing(partial(write_recover_report, writer.folder, config.out.name), config.out, progress.say)
-    interrupt.check()
-    with interrupt.deferred():
-        writer.publish()
 
 
 def run(arguments: list[str] | None = None) -> None:

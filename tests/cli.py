@@ -1,6 +1,7 @@
 """Running the command lines from tests."""
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from barber_jax import prune
+from barber_jax import prune, recover
 from barber_jax.masks import read_masks
 from barber_jax.run.loop import Pruning
 
@@ -34,6 +35,12 @@ def prune_masks(out: Path, ckpt, ids, *options) -> dict[str, np.ndarray]:
     arguments = ["--ckpt", ckpt, "--out", out, "--calibration", ids, *options]
     prune.run([str(argument) for argument in arguments])
     return masks_of(out)
+
+
+def run_recovery(out: Path, ckpt, text, *options) -> dict:
+    """Recover through the command line's own entry, in this process; the content of recover.json."""
+    recover.run([str(each) for each in ["--ckpt", ckpt, "--out", out, "--text", text, *options]])
+    return json.loads((out / "recover.json").read_text())
 
 
 def masks_of(folder: Path, file: str = "masks.safetensors") -> dict[str, np.ndarray]:

@@ -122,3 +122,14 @@ def tiny_ids(tmp_path_factory):
     path = tmp_path_factory.mktemp("ids") / "ids.npy"
     np.save(path, np.random.default_rng(1).integers(0, 97, (32, 16)))
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_pruned(tmp_path_factory, tiny, tiny_ids):
+    """Folder of the tiny LLaMA pruned to 2:4: not to be written to."""
+    from cli import prune_masks
+
+    folder = tmp_path_factory.mktemp("tiny_pruned") / "pruned"
+    options = ["--samples", 4, "--length", 16, "--no-rebuild", "--method", "magnitude", "--pattern", "2:4"]
+    prune_masks(folder, tiny(), tiny_ids, *options)
+    return folder

@@ -180,12 +180,7 @@ def batches(
     """
     if batch < 1 or batch % processes:
         raise BarberError(f"--batch {batch} must be a multiple of the number of processes, {processes}")
-    if len(text.windows) < batch:
-        length = text.held_out.shape[1]
-        raise BarberError(
-            f"the text has {text.tokens} tokens to train on, but --batch {batch} x --length {length} needs "
-            f"{batch * length}; lower --batch or --length, or give more text"
-        )
+    check_batch(text, batch)
     # It imports JAX and Orbax, which takes a second or two.
     import grain
 
@@ -195,6 +190,16 @@ def batches(
     # By default hundreds of batches are read ahead.
     ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     return iter(shares[process::processes].to_iter_dataset(ahead))
+
+
+def check_batch(text: PackedText, batch: int) -> None:
+    """Raise BarberError if there are too few windows to train on for one batch."""
+    if len(text.windows) < batch:
+        length = text.held_out.shape[1]
+        raise BarberError(
+            f"the text has {text.tokens} tokens to train on, but --batch {batch} x --length {length} needs "
+            f"{batch * length}; lower --batch or --length, or give more text"
+        )
 
 
 def _npy_rows(path: Path) -> np.ndarray:

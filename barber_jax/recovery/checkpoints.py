@@ -10,18 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax import lax
 from jax.experimental import multihost_utils
 
+from barber_jax.console import interrupt
 from barber_jax.console.errors import BarberError
 from barber_jax.console.files import writing
 from barber_jax.devices.mesh import broadcast_from_primary, is_primary
-from barber_jax.forward.passes import Parameters
+from barber_jax.models.sharding import constrain
 from barber_jax.recovery.training import State
 from barber_jax.run.identity import check_identity, delete_run, first_line, write_identity
 
 STATE, PROGRESS = "state", "progress"
 """Orbax items of a step: arrays, and what JSON holds."""
+SUMS = "sums"
+"""Entry of the progress: sums of the bits of the arrays. TensorStore has no checksums of its own."""
+
+
+class DamagedRun(BarberError):
+    """A checkpoint of an unfinished run is damaged: it cannot be resumed."""
 
 
 class Checkpoints:
@@ -93,16 +102,18 @@ class Checkpoints:
         Raises:
             BarberError: it cannot be written; earlier checkpoints stay.
         """
+        leaves = _leaves(state)
+        progress = {**progress, SUMS: _sums(leaves)}
+        arguments = {STATE: ocp.args.StandardSave(leaves), PROGRESS: ocp.args.JsonSave(progress)}
         try:
-            with writing(self.folder / str(step)):
+            # Orbax may swallow what a signal raises.
+            with writing(self.folder / str(step)), interrupt.deferred():
                 if step not in self._manager.all_steps():
-                    arguments = {STATE: ocp.args.StandardSave(_leaves(state)), PROGRESS: ocp.args.JsonSave(progress)}
                     self._manager.save(step, args=ocp.args.Composite(**arguments), force=True)
         except (ValueError, RuntimeError) as error:
             # TensorStore raises these, for a full disk too.
             raise BarberError(
-                f"cannot write {self.folder / str(step)} ({first_line(error)}); free some space there and run the same "
-                "command with --resume"
+                f"cannot write {self.folder / str(step)} ({first_line(error)}); free some space there"
             ) from error
         for old in self.steps():
             if old != step and old not in keep:
@@ -115,27 +126,23 @@ class Checkpoints:
             like: a state of the same structure, shapes and shardings.
 
         Raises:
-            BarberError: it is damaged.
+            DamagedRun: it is damaged.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _leaves(like))
         arguments = {STATE: ocp.args.StandardRestore(abstract), PROGRESS: ocp.args.JsonRestore()}
         try:
             found = self._manager.restore(step, args=ocp.args.Composite(**arguments))
             leaves, progress = found[STATE], found[PROGRESS]
-            if not isinstance(progress, dict):
-                raise ValueError("its progress is not an object")
+            if progress[SUMS] != _sums(leaves):
+                raise ValueError("its arrays are not those that were written")
         except Exception as error:
             # Orbax and TensorStore raise errors of many types for a damaged checkpoint.
-            raise BarberError(
+            raise DamagedRun(
                 f"{self.folder / str(step)}: damaged ({first_line(error)}); start over with --overwrite"
             ) from error
         flat = [leaves["optimizer"][name] for name in sorted(leaves["optimizer"], key=int)]
         optimizer = jax.tree.unflatten(jax.tree.structure(like.optimizer), flat)
         return State(leaves["values"], optimizer, leaves["step"]), progress
-
-    def restore_values(self, step: int, like: State) -> Parameters:
-        """Read the trained parameters of a checkpoint."""
-        return self.restore(step, like)[0].values
 
     def close(self) -> None:
         """Close without deleting anything. May be called more than once."""
@@ -167,3 +174,14 @@ def _leaves(state: State) -> dict[str, Any]:
     """The state as nested dicts of arrays: Orbax need not know optax's types."""
     numbered = {str(index): leaf for index, leaf in enumerate(jax.tree.leaves(state.optimizer))}
     return {**{field.name: getattr(state, field.name) for field in dataclasses.fields(state)}, "optimizer": numbered}
+
+
+def _sums(leaves: dict[str, Any]) -> dict[str, int]:
+    """Path -> sum of the bits of an array of 32-bit numbers, as 32-bit integers; one changed bit changes it."""
+    found = _bit_sums(leaves)
+    return {jax.tree_util.keystr(path): int(value) for path, value in jax.tree.leaves_with_path(found)}
+
+
+@jax.jit
+def _bit_sums(leaves: dict[str, Any]) -> dict[str, Any]:
+    return jax.tree.map(lambda leaf: constrain(jnp.sum(lax.bitcast_convert_type(leaf, jnp.uint32))), leaves)

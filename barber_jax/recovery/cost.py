@@ -85,6 +85,8 @@ def memory(
     size, width = jnp.dtype(stored).itemsize, jnp.dtype(compute).itemsize
     tokens = -(-micro_batch // devices) * length
     vocabulary = math.prod(head["lm_head.kernel"])
+    # Where it is trained, the head is float32 and has a gradient.
+    heads = vocabulary * ((2 * FLOAT if scope == "all" else size) + size * teacher)
     return Memory(
         masters=FLOAT * trained // devices,
         moments=2 * FLOAT * trained // devices,
@@ -93,8 +95,8 @@ def memory(
         masks=pruned // devices,
         frozen=size * frozen // devices,
         teacher=size * whole // devices if teacher else 0,
-        # One block and its gradient, and the heads, whole on every device.
-        gathered=(2 * FLOAT * layer + size * vocabulary * (1 + teacher)) if devices > 1 else 2 * FLOAT * layer,
+        # One block and its gradient, for factors their product and the merged block too; and the heads.
+        gathered=(4 if scope == "lora" else 2) * FLOAT * layer + (heads if devices > 1 else 0),
         # The input of every block, and one block's own activations, about 12 of the hidden size and 6 of the MLP's.
         activations=width * tokens * (model.hidden * (model.layers + 12) + 6 * _widest(block)),
         logits=FLOAT * HEAD_TOKENS * model.vocabulary * (5 if teacher else 3),

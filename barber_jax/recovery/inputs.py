@@ -15,7 +15,7 @@ from barber_jax.console.progress import Progress
 from barber_jax.convert.checkpoint import Checkpoint, open_checkpoint
 from barber_jax.convert.export import sibling_path
 from barber_jax.convert.parameters import check_tensors
-from barber_jax.data.packing import PackedText, open_text
+from barber_jax.data.packing import PackedText, check_batch, open_text
 from barber_jax.devices.mesh import Devices, require_agreement
 from barber_jax.devices.options import PROCESS_OPTIONS, parse_mesh
 from barber_jax.forward.evaluation import evaluation_windows
@@ -91,6 +91,7 @@ def prepare(config: RecoverConfig, progress: Progress) -> Prepared:
         cache=sibling_path(config.out, ".text"),
         say=progress.say,
     )
+    check_batch(text, config.batch)
     steps = -(-needed // tokens_per_step) or max(1, text.tokens // tokens_per_step)
     every = min(config.eval_every or max(1, -(-steps // EVALUATIONS)), steps)
     config = dataclasses.replace(config, steps=steps, tokens=None, eval_every=every)

@@ -169,7 +169,7 @@ def _evaluate(
     """Measure the held-out loss and write a checkpoint."""
     start = time.perf_counter()
     arguments = (state.values, setup.frozen, setup.masks, setup.teacher, setup.held_out)
-    found = held_out_losses(setup.plan.objective, setup.dtypes, *arguments)
+    found = held_out_losses(setup.plan, setup.dtypes, *arguments)
     entry = {"step": step, **{name: float(value) for name, value in found.items()}}
     if not setup.teacher:
         entry["kl"] = None

@@ -76,6 +76,8 @@ class RecoverConfig(
             group.settle(self)
         if self.mix and not self.teacher:
             raise BarberError(f"--mix {self.mix:g} needs --teacher; without it the loss is cross-entropy alone")
+        if self.text == "c4" and not (self.tokens or self.steps):
+            raise BarberError("--text c4 has 156 billion tokens; give --tokens or --steps")
 
     def as_dict(self) -> dict[str, Any]:
         """All options by name."""

@@ -179,9 +179,9 @@ def train_step(
     return kept, {**metrics, "gradient_norm": norm}
 
 
-@partial(jax.jit, static_argnames=("objective", "dtypes"))
+@partial(jax.jit, static_argnames=("plan", "dtypes"))
 def held_out_losses(
-    objective: Objective,
+    plan: Plan,
     dtypes: tuple[tuple[str, str], ...],
     values: Parameters,
     frozen: Parameters,
@@ -194,13 +194,13 @@ def held_out_losses(
     Args:
         dtypes: (name, dtype) of the trained parameters of the checkpoint.
     """
-    low_rank = masks if any(name.endswith(lora.FIRST) for name in values) else {}
     rounding = dict(dtypes)
-    rounded = {
-        name: value.astype(rounding[name]).astype(jnp.float32) if name in rounding else value
-        for name, value in values.items()
+    written = {
+        name: value.astype(rounding.get(name, frozen[name].dtype if name in frozen else value.dtype))
+        for name, value in final_kernels(values, frozen, masks, plan.mesh).items()
     }
-    each = lax.map(lambda piece: objective.losses({**frozen, **rounded}, low_rank, teacher, constrain(piece, ALL)), ids)
+    parameters = {**frozen, **{name: value.astype(jnp.float32) for name, value in written.items()}}
+    each = lax.map(lambda piece: plan.objective.losses(parameters, {}, teacher, constrain(piece, ALL)), ids)
     return jax.tree.map(lambda value: constrain(jnp.mean(value)), each)
 
 
