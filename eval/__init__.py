@@ -9,7 +9,8 @@ May import: everything.
 | `study`, `grid`, `grid_file`, `runs`, `tables`, `agreement`, `study_page` | comparison of runs, and grids of runs |
 | `device_check`, `device_page` | masks and speed on the devices at hand, without a checkpoint |
 | `device_masks`, `device_kernels`, `synthetic` | its parts: agreement with a CPU, kernels alone, random checkpoints |
-| `benchmark`, `operations`, `against_torch` | speed compared with the hardware's peak and with PyTorch |
+| `benchmark`, `operations` | speed compared with the hardware's peak |
+| `against_torch`, `against_torch_recover` | speed of perplexity and of recovery compared with PyTorch |
 | `demo`, `train_opt` | pruning of a real model from PyPI; training of a small OPT from scratch |
 | `picture` | the bar chart of results in the README |
 """

@@ -1,9 +1,11 @@
-"""python -m barber_jax.eval.against_torch: time perplexity in barber_jax and in transformers on PyTorch.
+"""python -m barber_jax.eval.against_torch: time perplexity, or recovery, in barber_jax and in transformers on PyTorch.
 
-Both evaluate the same checkpoint on the same windows in float32. The measurements alternate, so that other load on the
-machine affects both alike. Needs the extra `torch`.
+Both evaluate the same checkpoint on the same windows in float32, or with --recover train it on the same batches. The
+measurements alternate, so that other load on the machine affects both alike. Needs the extra `torch`.
 """
 
+import dataclasses
+import json
 import math
 import time
 from collections.abc import Callable
@@ -17,33 +19,56 @@ from rich.table import Table
 from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.extras import needs
+from barber_jax.console.options import flag
+from barber_jax.console.outputs import output_file, write_whole
 from barber_jax.convert.checkpoint import open_checkpoint
 from barber_jax.data.calibration import load_ids
 from barber_jax.data.windows import cut_windows
 from barber_jax.devices.settings import prepare_jax
+from barber_jax.eval import against_torch_recover
 from barber_jax.forward.perplexity import perplexity
 from barber_jax.models import build_model
 
 
 @dataclass(frozen=True)
 class AgainstTorchConfig:
-    """Compare the speed of perplexity in barber_jax and in transformers on PyTorch, in float32."""
+    """Compare the speed of perplexity, or of recovery, in barber_jax and in transformers on PyTorch, in float32."""
 
     ckpt: str
-    """Hugging Face checkpoint folder, read by both."""
+    """Hugging Face checkpoint folder, read by both; with --recover a pruned one."""
     tokens: Path
-    """Token ids: .npy of integers, flattened."""
+    """Token ids: .npy of integers, flattened. With --recover also a text that barber_jax.recover's --text takes."""
     length: int = 1024
     """Tokens in a window."""
     windows: int = 8
-    """Number of windows."""
+    """Number of windows. Not with --recover."""
     repeat: int = 3
-    """Timed measurements of each; the fastest is reported."""
+    """Timed measurements of each; the fastest is reported. Not with --recover."""
+    recover: bool = False
+    """Train instead, as barber_jax.recover does without remat, and compare the loss of every step."""
+    teacher: str | None = None
+    """With --recover: dense checkpoint folder. Default: none, next-token cross-entropy alone."""
+    batch: int = 4
+    """With --recover: windows in each step."""
+    micro_batch: int | None = None
+    """With --recover: windows computed at a time. Default: as barber_jax.recover chooses."""
+    steps: int = 20
+    """With --recover: steps; the first compiles and is not timed."""
+    rate: float = 0.002
+    """With --recover: peak learning rate, as a fraction of the root mean square of a matrix's surviving weights."""
+    json: Path | None = None
+    """Also write the figures to this file."""
 
     def __post_init__(self):
-        for option, least in (("length", 2), ("windows", 1), ("repeat", 1)):
+        for option, least in (("length", 2), ("windows", 1), ("repeat", 1), ("steps", 2)):
             if getattr(self, option) < least:
                 raise BarberError(f"--{option} {getattr(self, option)} must be at least {least}")
+        fields = {field.name: field.default for field in dataclasses.fields(self)}
+        others = ("windows", "repeat") if self.recover else ("teacher", "batch", "micro_batch", "steps", "rate")
+        for option in others:
+            if getattr(self, option) != fields[option]:
+                needed = "is not used with --recover" if self.recover else "needs --recover"
+                raise BarberError(f"{flag(option)} {getattr(self, option)} {needed}")
 
 
 def torch_perplexity(folder: str, windows: np.ndarray) -> Callable[[], float]:
@@ -73,9 +98,30 @@ def torch_perplexity(folder: str, windows: np.ndarray) -> Callable[[], float]:
 
 
 def run(arguments: list[str] | None = None) -> None:
-    """Command line: print a table of perplexities and times."""
+    """Command line: print a table of times and of what was computed, and write the figures to --json."""
     config = parse(AgainstTorchConfig, "barber_jax.eval.against_torch", arguments)
     prepare_jax()
+    with output_file(config.json) as file:
+        if config.recover:
+            names = [field.name for field in dataclasses.fields(against_torch_recover.Training)]
+            given = {name: getattr(config, name) for name in names if name != "text"}
+            training = against_torch_recover.Training(text=str(config.tokens), **given)
+            figures = against_torch_recover.compare(training)
+            against_torch_recover.show(training, figures)
+        else:
+            figures = compare_perplexity(config)
+            show_perplexity(config, figures)
+        if file:
+            options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(config).items()}
+            write_whole(file, json.dumps({"options": options, **figures}, indent=1) + "\n")
+
+
+def compare_perplexity(config: AgainstTorchConfig) -> dict:
+    """Measure perplexity on both sides in turn.
+
+    Returns:
+        `programs`: name -> `perplexity`, and the `seconds` of every measurement. `tokens`: of a measurement.
+    """
     checkpoint = open_checkpoint(config.ckpt)
     model = build_model(checkpoint.config, np.dtype(np.float32))
     ids = load_ids(config.tokens)
@@ -93,14 +139,20 @@ def run(arguments: list[str] | None = None) -> None:
             start = time.perf_counter()
             measure()
             seconds[name].append(time.perf_counter() - start)
+    figures = {name: {"perplexity": values[name], "seconds": seconds[name]} for name in programs}
+    return {"programs": figures, "tokens": windows.size}
+
+
+def show_perplexity(config: AgainstTorchConfig, figures: dict) -> None:
+    """Print the result of `compare_perplexity` as a table."""
     table = Table(title=f"{config.ckpt}, {config.windows} windows of {config.length} tokens, float32")
     for column in ("", "perplexity", "seconds", "tokens per second", "speed vs transformers"):
         table.add_column(column, justify="right" if column else "left")
-    baseline = min(seconds["transformers"])
-    for name in programs:
-        best = min(seconds[name])
-        speed, relative = f"{windows.size / best:.0f}", f"{baseline / best:.2f} x"
-        table.add_row(name, f"{values[name]:.4f}", f"{best:.2f}", speed, relative)
+    baseline = min(figures["programs"]["transformers"]["seconds"])
+    for name, program in figures["programs"].items():
+        best = min(program["seconds"])
+        speed, relative = f"{figures['tokens'] / best:.0f}", f"{baseline / best:.2f} x"
+        table.add_row(name, f"{program['perplexity']:.4f}", f"{best:.2f}", speed, relative)
     Console().print(table)
 
 
