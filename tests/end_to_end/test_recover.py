@@ -11,18 +11,17 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import transformers
 from checkpoints import assert_same_logits, torch, write_model
-from cli import command, environment, masks_of, run_recovery
+from cli import command, environment, masks_of, prune_masks, run_recovery
 from safetensors.numpy import load_file
 
 from barber_jax import recover
 from barber_jax.console.errors import BarberError
 from barber_jax.console.locks import output_lock
-from barber_jax.recovery import loop
 
 RUN = ["--length", 16, "--batch", 4, "--micro-batch", 2, "--held-out", 4, "--steps", 6, "--eval-every", 2]
 WEIGHTS, MASKS = "model.safetensors", "masks.safetensors"
@@ -87,10 +86,9 @@ def test_what_is_written(recovered, tiny_pruned):
 
 
 def test_transformers_loads_it(recovered):
-    torch.no_grad
-    from transformers import LlamaForCausalLM
-
-    assert_same_logits(recovered[0], LlamaForCausalLM.from_pretrained(recovered[0]).eval())
+    assert torch.__name__
+    model = transformers.LlamaForCausalLM.from_pretrained(recovered[0], dtype=torch.float32)
+    assert_same_logits(recovered[0], model.eval())
 
 
 @pytest.mark.parametrize("options", [["--scope", "all"], ["--scope", "lora", "--rank", 4]], ids=lambda o: o[1])
@@ -108,11 +106,11 @@ def test_the_best_weights_are_written_or_the_last(tiny, tiny_pruned, tiny_ids, t
     """A rate at which it only gets worse: the best weights are those of the start."""
     given = [tiny_pruned, tiny_ids, "--teacher", tiny(), *RUN, "--steps", 2, "--rate", 0.9]
     best = run_recovery(tmp_path / "best", *given)
-    assert (best["result"]["best_step"], best["result"]["written"]) == (0, "best")
+    assert (best["best_step"], best["written"]) == (0, "best")
     weights, before = assert_sparse(tmp_path / "best", tiny_pruned)
     assert all((weights[name] == before[name]).all() for name in weights)
     last = run_recovery(tmp_path / "last", *given, "--keep", "last")
-    assert last["result"]["written"] == "last"
+    assert last["written"] == "last"
     weights, _ = assert_sparse(tmp_path / "last", tiny_pruned)
     assert any((weights[name] != before[name]).any() for name in weights)
 
@@ -129,8 +127,6 @@ def test_a_rate_that_diverges(tiny, tiny_pruned, tiny_ids, tmp_path):
 
 
 def test_float16_that_overflows(tiny_ids, tmp_path):
-    from cli import prune_masks
-
     write_model(tmp_path / "dense", dtype="float16")
     options = ["--samples", 4, "--length", 16, "--no-rebuild", "--method", "magnitude"]
     prune_masks(tmp_path / "pruned", tmp_path / "dense", tiny_ids, *options)
@@ -139,7 +135,7 @@ def test_float16_that_overflows(tiny_ids, tmp_path):
         run_recovery(tmp_path / "out", *given, "--keep", "last")
     assert {path.name for path in tmp_path.iterdir()} == {"dense", "pruned"}
     record = run_recovery(tmp_path / "out", *given)
-    assert record["result"]["best_step"] == 0
+    assert record["best_step"] == 0
 
 
 CUT_OFF = """
@@ -175,10 +171,6 @@ def test_stopped_and_killed_and_resumed(line, recovered, tmp_path):
         recover.run(line)
     recover.run([*line, "--resume"])
     assert_same(tmp_path / "out", recovered)
-
-
-class Full(Exception):
-    """Stands for what ends a run."""
 
 
 def fail_at(patch, step, error):
@@ -243,7 +235,7 @@ def test_resume_with_another_teacher_or_text(unfinished, line, tiny, tiny_ids, t
     content = bytearray((other / WEIGHTS).read_bytes())
     content[-1] ^= 1
     (other / WEIGHTS).write_bytes(content)
-    with pytest.raises(BarberError, match="content of --teacher model.safetensors differs"):
+    with pytest.raises(BarberError, match=r"content of --teacher model\.safetensors differs"):
         recover.run([*line, "--teacher", str(other), "--resume"])
     np.save(tmp_path / "ids.npy", np.load(tiny_ids)[::-1])
     with pytest.raises(BarberError, match="content of the text differs"):
@@ -302,6 +294,7 @@ def test_folders_and_files_that_are_in_the_way(line, recovered, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_bad_input_from_the_command_line(line):
     done = command("recover", *line, "--rank", 4)
     assert (done.returncode, done.stderr) == (2, "error: --rank 4 needs --scope lora\n")
@@ -311,7 +304,8 @@ def test_verbose_progress(line, capfd):
     recover.run([*line, "--verbose", "--steps", "4"])
     lines = capfd.readouterr().err.splitlines()
     steps = [each for each in lines if each.startswith("recovering: step ")]
-    assert "recovering: step 3 of 4, loss " in "\n".join(steps) and "tokens/s" in steps[-1]
+    assert any("step 3 of 4, loss " in each and "tokens/s, about" in each and "held-out" in each for each in steps)
+    assert steps[-1].startswith("recovering: step 4 of 4, held-out ")
     assert steps[0].startswith("recovering: step 0 of 4, held-out ")
 
 
@@ -345,7 +339,7 @@ def test_ended_at_a_random_moment(seed, number, line, recovered, tmp_path):
 @pytest.mark.slow
 def test_a_disk_that_fills_up(line, recovered, tmp_path):
     """No file may be larger than 40 KB: the arrays of a checkpoint are."""
-    limited = f"ulimit -f 40; exec {sys.executable} -m barber_jax.recover \"$@\""
+    limited = f'ulimit -f 40; exec {sys.executable} -m barber_jax.recover "$@"'
     done = subprocess.run(["bash", "-c", limited, "-", *line], capture_output=True, text=True, env=environment())
     assert done.returncode == 2, done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: cannot write "), done.stderr

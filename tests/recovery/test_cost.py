@@ -96,7 +96,9 @@ def table():
         for scope in ("weights", "lora"):
             given = dict(length=2048, scope=scope, rank=16)
             devices = next(
-                n for n in (2**k for k in range(12)) if cost.memory(model, devices=n, micro_batch=n, **given).total < BUDGET
+                n
+                for n in (2**k for k in range(12))
+                if cost.memory(model, devices=n, micro_batch=n, **given).total < BUDGET
             )
             said = cost.memory(model, devices=devices, micro_batch=devices, **given)
             state = said.masters + said.moments + said.gradients

@@ -77,7 +77,10 @@ def test_options(changes, says, given):
         ({"mesh": "data=2", "held_out": 3}, "--held-out 3 is not a multiple of the 2 devices of the mesh"),
         ({"mesh": "data=16", "batch": 16, "micro_batch": 16}, "needs 16 devices; there are 8"),
         ({"scope": "lora", "rank": 17}, "--rank 17 is above 16, the smaller side of model.layers.0.self_attn.k_proj"),
-        ({"batch": 32, "micro_batch": 8}, "the text has 448 tokens to train on, but --batch 32 x --length 16 needs 512"),
+        (
+            {"batch": 32, "micro_batch": 8},
+            "the text has 448 tokens to train on, but --batch 32 x --length 16 needs 512",
+        ),
         ({"held_out": 32}, "32 windows of --length 16 to hold out and one to train on need 528"),
         ({"length": 65}, "--length 65 is more than the model's 64 positions"),
         ({"text": "nowhere.txt"}, "nowhere.txt"),

@@ -70,7 +70,7 @@ def test_losses_of_one_device_and_nothing_large_is_replicated(mesh, scope, alone
 @pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "scope"), [((2, 4), "weights"), ((8, 1), "all"), ((8, 1), "lora")])
 def test_memory_of_the_compiled_step(mesh, scope, tmp_path, optimized):
-    """What XLA plans for each device is what the arithmetic says: with gradients held whole it would be four times that."""
+    """What XLA plans for each device is what the arithmetic says; gradients held whole would make it far more."""
     sizes = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=12, vocab_size=1024)
     write_model(tmp_path, num_attention_heads=4, num_key_value_heads=4, dtype="bfloat16", **sizes)
     devices = Devices.of(mesh)

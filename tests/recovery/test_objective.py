@@ -15,7 +15,9 @@ CASES = [
     pytest.param("llama", {}, "weights", None, False, id="llama, weights, no teacher"),
     pytest.param("opt", {}, "all", None, True, id="opt, all, no teacher"),
     pytest.param("llama", {"tie_word_embeddings": True}, "all", 0.0, True, id="tied, all, teacher"),
-    pytest.param("llama", {"tie_word_embeddings": True}, "weights", 0.0, False, id="tied, weights, teacher", marks=slow),
+    pytest.param(
+        "llama", {"tie_word_embeddings": True}, "weights", 0.0, False, id="tied, weights, teacher", marks=slow
+    ),
     pytest.param("opt", {}, "weights", 0.5, True, id="opt, weights, both losses", marks=slow),
     pytest.param("qwen3", {}, "all", 1.0, False, id="qwen3, all, cross-entropy", marks=slow),
 ]

@@ -103,9 +103,7 @@ def check_property(models, scope, pattern, mix, micro_batch, rate, spoilt):
     if spoilt:
         # The checkpoint's weights may be anything where a mask file prunes more than is 0 in it.
         sparse = {**sparse, **{name: model.dense[name] for name in model.masks}}
-    plan, state, scales, frozen = model.begin(
-        model.objective(mix), scope, 4 if scope == "lora" else 0, sparse=sparse
-    )
+    plan, state, scales, frozen = model.begin(model.objective(mix), scope, 4 if scope == "lora" else 0, sparse=sparse)
     frozen = {name: training.zero_pruned_kernel(value, model.masks.get(name)) for name, value in frozen.items()}
     before = check_zeros(model, state, plan, frozen, scope, pattern)
     for ids in IDS[:3]:
@@ -187,9 +185,7 @@ def test_held_out_losses_are_of_weights_as_they_will_be_written(models):
     dtypes = tuple((name, "bfloat16") for name in state.values)
     found = training.held_out_losses(plan, dtypes, state.values, frozen, model.masks, model.dense, IDS[:2])
     rounded = {name: value.astype(jnp.bfloat16).astype(jnp.float32) for name, value in state.values.items()}
-    losses = [
-        plain_loss(objective.program, {**frozen, **rounded}, model.dense, ids, 0.5)[0] for ids in IDS[:2]
-    ]
+    losses = [plain_loss(objective.program, {**frozen, **rounded}, model.dense, ids, 0.5)[0] for ids in IDS[:2]]
     np.testing.assert_allclose(found["loss"], np.mean(losses), rtol=1e-5)
 
 
