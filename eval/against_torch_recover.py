@@ -179,9 +179,10 @@ def show(training: Training, figures: dict[str, Any]) -> None:
     """Print the result of `compare` as a table."""
     size = f"{training.steps} steps of {training.batch} x {training.length} tokens"
     table = Table(title=f"{training.ckpt}, {size}, float32")
-    columns = ("loss, first step", "loss, last step", "seconds a step", "tokens per second", "speed vs transformers")
-    for column in ("", *columns):
-        table.add_column(column, justify="right" if column else "left")
+    columns = ("loss, first step", "loss, last step", "seconds a step", "tokens per second", "relative speed")
+    table.add_column("", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right")
     baseline = figures["programs"]["transformers"]["tokens_per_second"]
     for name, program in figures["programs"].items():
         first, last, speed = program["losses"][0], program["losses"][-1], program["tokens_per_second"]
