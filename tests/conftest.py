@@ -6,6 +6,7 @@ import itertools
 import mmap
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -48,6 +49,16 @@ def _known(flags):
 def pytest_unconfigure(config):
     if not hasattr(config, "workerinput"):
         shutil.rmtree(os.environ.pop(CACHE), ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def own_signal_handlers():
+    """A command that a test runs in this process leaves its handlers to no other test, nor to later processes."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,10 @@ def end(number, body=WAIT, setup=""):
 
 
 # A shell may have set the signals to be ignored.
-PLAIN = "signal.signal(signal.SIGHUP, signal.SIG_DFL); signal.signal(signal.SIGINT, signal.default_int_handler)"
+PLAIN = (
+    "signal.signal(signal.SIGHUP, signal.SIG_DFL); signal.signal(signal.SIGTERM, signal.SIG_DFL); "
+    "signal.signal(signal.SIGINT, signal.default_int_handler)"
+)
 
 
 @pytest.mark.parametrize(
