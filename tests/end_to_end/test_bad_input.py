@@ -761,10 +761,12 @@ def interrupted(self):
         gone = Gone()
         kept = weakref.ref(gone, lambda _: signal.raise_signal(signal.SIGINT))
         del gone
+        print("lost", flush=True)
         yield result
 loop.Pruning.__iter__ = interrupted
 """
     given = ["--ckpt", sound, "--out", tmp_path / "out", "--calibration", ids, "--samples", 2, "--length", 8]
-    _, err = (process := in_process(setup, *given)).communicate(timeout=60)
-    assert "Exception ignored" in err and err.splitlines()[-1] == "error: interrupted"
+    out, err = (process := in_process(setup, *given)).communicate(timeout=60)
+    assert out == "lost\n" and err.splitlines()[-1] == "error: interrupted"
+    assert "Exception ignored" not in err and "Traceback" not in err
     assert process.returncode == 130 and "1 of 2 blocks are kept in" in err
