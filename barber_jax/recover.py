@@ -195,7 +195,7 @@ def train(
         progress.say(f"resuming after step {steps[-1]} of {config.steps}")
     report = events.scalars if events else lambda step, figures: None
     bar = progress.steps("recovering", config.steps, start=steps[-1] if steps else 0)
-    with bar as shown:
+    with bar as shown, contextlib.closing(iterator):
         return run_steps(setup, state, log, iterator, checkpoints, shown, report)
 
 
@@ -205,6 +205,9 @@ def keeping(checkpoints: Checkpoints, progress: Progress) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        with contextlib.suppress(Exception):
+            # A process that ends while its devices compute may crash.
+            jax.block_until_ready(jax.live_arrays())
         if not checkpoints.folder.exists() or isinstance(error, DamagedRun):
             raise
         step = max(checkpoints.steps(), default=0)

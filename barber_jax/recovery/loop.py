@@ -135,7 +135,9 @@ def run_steps(
         rows = ids.reshape(-1, setup.micro_batch // jax.process_count(), ids.shape[-1])
         arguments = (setup.scales, setup.frozen, setup.masks, setup.teacher)
         given = setup.devices.put_share(rows, None, ALL)
-        state, metrics = train_step(setup.plan, state, *arguments, given, setup.rates[done])
+        # An interrupt must not lose what is being computed, see `recover.keeping`.
+        with interrupt.deferred():
+            state, metrics = train_step(setup.plan, state, *arguments, given, setup.rates[done])
         done += 1
         # The step before is read while this one is computed.
         finite = settle()
@@ -169,7 +171,8 @@ def _evaluate(
     """Measure the held-out loss and write a checkpoint."""
     start = time.perf_counter()
     arguments = (state.values, setup.frozen, setup.masks, setup.teacher, setup.held_out)
-    found = held_out_losses(setup.plan, setup.dtypes, *arguments)
+    with interrupt.deferred():
+        found = held_out_losses(setup.plan, setup.dtypes, *arguments)
     entry = {"step": step, **{name: float(value) for name, value in found.items()}}
     if not setup.teacher:
         entry["kl"] = None
