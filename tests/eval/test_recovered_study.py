@@ -28,7 +28,7 @@ def columns(table):
     return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
 
 
-def test_recovered_runs_stand_beside_pruned_ones(pruned, tmp_path):
+def test_recovered_runs_stand_beside_pruned_ones(pruned, tmp_path, drawn):
     folder = write_recovered(tmp_path / "recovered")
     runs = load_runs([pruned, folder])
     text = study(runs, tmp_path / "out")
