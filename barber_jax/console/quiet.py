@@ -5,7 +5,8 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -51,3 +52,29 @@ def silenced(logger: str) -> Iterator[None]:
         yield
     finally:
         log.disabled = before
+
+
+def ignore_lost_tasks() -> None:
+    """From now on asyncio says nothing of tasks that nobody waits for, nor of results that come after its loop's end.
+
+    Orbax reads and writes many arrays at a time. When one of them fails, it raises that error and leaves the others.
+    """
+    if not isinstance(sys.unraisablehook, _WithoutClosedLoops):
+        sys.unraisablehook = _WithoutClosedLoops(sys.unraisablehook)
+    logger = logging.getLogger("asyncio")
+    if _is_heard not in logger.filters:
+        logger.addFilter(_is_heard)
+
+
+class _WithoutClosedLoops:
+    def __init__(self, before: Callable[[Any], object]):
+        self._before = before
+
+    def __call__(self, unraisable: Any) -> None:
+        if not (issubclass(unraisable.exc_type, RuntimeError) and "loop is closed" in str(unraisable.exc_value)):
+            self._before(unraisable)
+
+
+def _is_heard(record: logging.LogRecord) -> bool:
+    lost = ("Task exception was never", "Future exception was never", "Task was destroyed")
+    return not str(record.msg).startswith(lost)

@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from barber_jax.console import interrupt
 from barber_jax.console.errors import BarberError
 from barber_jax.console.files import writing
+from barber_jax.console.quiet import ignore_lost_tasks
 from barber_jax.devices.mesh import broadcast_from_primary, is_primary
 from barber_jax.models.sharding import constrain
 from barber_jax.recovery.training import State
@@ -49,6 +50,7 @@ class Checkpoints:
             enable_async_checkpointing=False,
             cleanup_tmp_directories=True,
         )
+        ignore_lost_tasks()
         self._manager = ocp.CheckpointManager(folder, options=options)
 
     @classmethod
