@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from barber_jax.console import interrupt
 from barber_jax.console.errors import BarberError
 from barber_jax.console.files import writing
-from barber_jax.console.quiet import ignore_lost_tasks
+from barber_jax.console.quiet import ignore_lost_tasks, silenced
 from barber_jax.devices.mesh import broadcast_from_primary, is_primary
 from barber_jax.models.sharding import constrain
 from barber_jax.recovery.training import State
@@ -109,7 +109,7 @@ class Checkpoints:
         arguments = {STATE: ocp.args.StandardSave(leaves), PROGRESS: ocp.args.JsonSave(progress)}
         try:
             # Orbax may swallow what a signal raises.
-            with writing(self.folder / str(step)), interrupt.deferred():
+            with writing(self.folder / str(step)), interrupt.deferred(), silenced("absl"):
                 if step not in self._manager.all_steps():
                     self._manager.save(step, args=ocp.args.Composite(**arguments), force=True)
         except (ValueError, RuntimeError) as error:
@@ -133,7 +133,8 @@ class Checkpoints:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _leaves(like))
         arguments = {STATE: ocp.args.StandardRestore(abstract), PROGRESS: ocp.args.JsonRestore()}
         try:
-            found = self._manager.restore(step, args=ocp.args.Composite(**arguments))
+            with silenced("absl"):
+                found = self._manager.restore(step, args=ocp.args.Composite(**arguments))
             leaves, progress = found[STATE], found[PROGRESS]
             if progress[SUMS] != _sums(leaves):
                 raise ValueError("its arrays are not those that were written")
