@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import tyro
 
 from barber_jax.console.command import parse_groups
+from barber_jax.console.configuration import Configuration
 from barber_jax.console.errors import BarberError
 from barber_jax.console.options import OptionGroup, flag
 from barber_jax.console.values import check_values
@@ -118,6 +119,7 @@ class PruneConfig(
     DeviceOptions,
     EvaluationOptions,
     FileOptions,
+    Configuration,
 ):
     """Prune a Hugging Face checkpoint and rebuild its mask (LLM-Barber, arXiv 2408.10631).
 
@@ -142,21 +144,10 @@ class PruneConfig(
     """Heading in `--help` -> group of options."""
 
     def __init__(self, **options: Any):
-        fields = dataclasses.fields(self)
-        known = {field.name for field in fields}
-        for name in options:
-            if name not in known:
-                raise BarberError(f"{flag(name)} is not an option of {type(self).__name__}")
         preset = options.get("preset", "paper")
         if preset not in PRESETS:
             raise BarberError(f"--preset {preset} is unknown; known are {', '.join(PRESETS)}")
-        options = {**PRESETS[preset], **options}
-        for field in fields:
-            value = options.get(field.name, field.default)
-            if value is dataclasses.MISSING:
-                raise BarberError(f"missing {flag(field.name)}")
-            self._set(field.name, value)
-        self.settle()
+        self._fill({**PRESETS[preset], **options})
 
     @classmethod
     def parse(cls, program: str, arguments: list[str] | None = None) -> "PruneConfig":
@@ -230,22 +221,13 @@ class PruneConfig(
 
     def command_line(self) -> list[str]:
         """Options that give this configuration again on the command line, without --out and those of one machine."""
-        defaults = {field.name: field.default for field in dataclasses.fields(self)} | PRESETS[self.preset]
         values, pattern = dataclasses.asdict(self), self.pattern or "unstructured"
         # The same result has the same command line, whether or not a default was spelled out.
         if self.sparsity == SparsityPattern.parse(pattern, None).sparsity:
             values["sparsity"] = None
         if pattern == "unstructured" and not self.masks:
             values["pattern"] = None
-        line = []
-        for option, value in values.items():
-            if option in NOT_REPRODUCED or value == defaults[option]:
-                continue
-            if isinstance(value, bool):
-                line.append(flag(option) if value else flag(f"no_{option}"))
-            else:
-                line += [flag(option), str(value)]
-        return line
+        return self._changed_words(values, PRESETS[self.preset], NOT_REPRODUCED)
 
     @property
     def runs_stages(self) -> bool:

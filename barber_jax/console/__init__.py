@@ -8,7 +8,7 @@ May import: nothing of this package.
 | `causes` | causes of other exceptions; the log file of an unexpected one |
 | `documents`, `structure` | the one reader of JSON, YAML and TOML; the structure that a document must have |
 | `quiet` | what libraries print by themselves |
-| `command`, `options` | command-line parsing; groups of options |
+| `command`, `options`, `configuration` | command-line parsing; groups of options; all groups of a command in one |
 | `values` | values of options: from a settings file, and bounds for all |
 | `callable_module` | a command's module that is a function too |
 | `extras` | optional packages |

@@ -14,6 +14,9 @@ from barber_jax.forward.perplexity import EvaluationOptions
 from barber_jax.masks.mask_file import FILE_NAME
 from barber_jax.recovery.training import Scope
 
+DEFAULT_RANK = 16
+"""Rank of low-rank factors, unless --rank is given."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(OptionGroup):
@@ -103,7 +106,7 @@ class TrainingOptions(OptionGroup):
         if self.scope != "lora" and self.rank is not None:
             raise BarberError(f"--rank {self.rank} needs --scope lora")
         if self.scope == "lora" and self.rank is None:
-            self._set("rank", 16)
+            self._set("rank", DEFAULT_RANK)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from barber_jax.console.command import parse_groups
+from barber_jax.console.configuration import Configuration
 from barber_jax.console.errors import BarberError
-from barber_jax.console.options import OptionGroup, flag
+from barber_jax.console.options import OptionGroup
 from barber_jax.console.values import check_values
 from barber_jax.devices.options import PROCESS_OPTIONS
 from barber_jax.recovery.options import (
+    DEFAULT_RANK,
     ModelOptions,
     RecoverDeviceOptions,
     RecoverEvaluationOptions,
@@ -25,7 +27,13 @@ NOT_REPRODUCED = ("out", "overwrite", "resume", "verbose", "log_dir", "compilati
 
 @dataclass(frozen=True, kw_only=True, init=False)
 class RecoverConfig(
-    ModelOptions, TextOptions, TrainingOptions, RecoverDeviceOptions, RecoverEvaluationOptions, RecoverFileOptions
+    ModelOptions,
+    TextOptions,
+    TrainingOptions,
+    RecoverDeviceOptions,
+    RecoverEvaluationOptions,
+    RecoverFileOptions,
+    Configuration,
 ):
     """Train the surviving weights of a pruned checkpoint, its zeros held.
 
@@ -47,17 +55,7 @@ class RecoverConfig(
     """Heading in `--help` -> group of options."""
 
     def __init__(self, **options: Any):
-        fields = dataclasses.fields(self)
-        known = {field.name for field in fields}
-        for name in options:
-            if name not in known:
-                raise BarberError(f"{flag(name)} is not an option of {type(self).__name__}")
-        for field in fields:
-            value = options.get(field.name, field.default)
-            if value is dataclasses.MISSING:
-                raise BarberError(f"missing {flag(field.name)}")
-            self._set(field.name, value)
-        self.settle()
+        self._fill(options)
 
     @classmethod
     def parse(cls, program: str, arguments: list[str] | None = None) -> "RecoverConfig":
@@ -85,15 +83,5 @@ class RecoverConfig(
 
     def command_line(self) -> list[str]:
         """Options that give this configuration again on the command line, without --out and those of one machine."""
-        line = []
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name in NOT_REPRODUCED or value == field.default:
-                continue
-            if field.name == "rank" and value == 16:
-                continue
-            if isinstance(value, bool):
-                line.append(flag(field.name) if value else flag(f"no_{field.name}"))
-            else:
-                line += [flag(field.name), str(value)]
-        return line
+        filled = {"rank": DEFAULT_RANK} if self.scope == "lora" else {}
+        return self._changed_words(self.as_dict(), filled, NOT_REPRODUCED)
