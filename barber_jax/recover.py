@@ -21,6 +21,7 @@ from barber_jax.devices.mesh import is_primary
 from barber_jax.devices.peak import matmul_rates
 from barber_jax.devices.settings import prepare_jax
 from barber_jax.forward.evaluation import measure_perplexity
+from barber_jax.masks.keep_pruned import zero_pruned
 from barber_jax.recovery import training
 from barber_jax.recovery.checkpoints import Checkpoints, DamagedRun
 from barber_jax.recovery.cost import operations_per_token
@@ -97,7 +98,7 @@ def _recover(config: RecoverConfig) -> dict:
             best_step=log.best_step,
             written=written,
             movement=movement,
-            seconds=time.perf_counter() - start_time,
+            seconds=outcome.earlier_seconds + time.perf_counter() - start_time,
             seconds_training=log.seconds,
             operations_per_token=operations_per_token(run.model, config.length, config.scope, bool(run.teacher)),
             matmul_flops=peak * len(run.devices.used),
@@ -141,7 +142,8 @@ def begin(run: Prepared) -> tuple[Setup, training.State]:
     masks = load_masks(run.masks.read, model, devices)
     teacher = load(run.teacher, model, devices) if run.teacher else {}
     trained, frozen = training.split(parameters, program, config.scope)
-    frozen = {name: training.zero_pruned_kernel(value, masks.get(name)) for name, value in frozen.items()}
+    # A mask file may prune more than the checkpoint, of kernels that are not trained themselves too.
+    frozen = zero_pruned(training.of_values(masks, frozen), frozen)
     objective = Objective(program, config.mix if teacher else 1.0, len(devices.used))
     plan = training.Plan(objective, config.clip, devices.shape)
     state, scales = training.begin(plan, trained, frozen, masks, config.rank or 0, config.seed)

@@ -45,6 +45,16 @@ def tree_paths(model: Model) -> Iterator[tuple[str, str]]:
     yield from ((f"head.{path}", name) for path, name in model.names.head.items() if name not in embed.values())
 
 
+def read_stacked(checkpoint: Checkpoint, model: Model, path: str) -> np.ndarray:
+    """Read one parameter of all blocks: [N, ...] in the checkpoint's dtype, N blocks.
+
+    Raises:
+        BarberError: as `read_parameters`.
+    """
+    tables = ({path: model.names.of_block(index)[path]} for index in range(model.layers))
+    return np.stack([read_parameters(checkpoint, table)[path] for table in tables])
+
+
 def check_tensors(checkpoint: Checkpoint, model: Model) -> None:
     """Check the names, shapes and dtypes of a checkpoint's tensors against the model, before any tensor is read.
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from barber_jax.convert.checkpoint import Checkpoint
-from barber_jax.convert.parameters import read_parameters
+from barber_jax.convert.parameters import read_parameters, read_stacked
 from barber_jax.devices.mesh import Devices
 from barber_jax.forward import generation
 from barber_jax.forward.generation import KVCache, Network, RunBlock, Sampling
@@ -29,15 +29,11 @@ HEAD_POSITIONS = 256
 def stacked_blocks(checkpoint: Checkpoint, model: Model, devices: Devices) -> Parameters:
     """Read the parameters of all blocks and stack them on the devices: path -> [blocks, ...]."""
     axes = parameter_axes(model.sub_blocks)
-    stacked = {}
-    for path in model.names.block:
-        # One path at a time, so that host memory never holds the whole model.
-        parts = [
-            read_parameters(checkpoint, {path: model.names.of_block(index)[path]})[path]
-            for index in range(model.layers)
-        ]
-        stacked[path] = devices.put(np.stack(parts), None, *axes.get(path, ()))
-    return stacked
+    # One path at a time, so that host memory never holds the whole model.
+    return {
+        path: devices.put(read_stacked(checkpoint, model, path), None, *axes.get(path, ()))
+        for path in model.names.block
+    }
 
 
 @partial(jax.jit, static_argnames=("embed", "block"))

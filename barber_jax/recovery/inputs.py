@@ -25,9 +25,8 @@ from barber_jax.recovery.recover_config import RecoverConfig
 from barber_jax.recovery.source import MaskSource, open_masks
 from barber_jax.run.fingerprint import array_fingerprint, fingerprint
 
-MICRO_BATCH_TOKENS = {"cpu": 2048}
-"""Platform -> tokens of each device in a micro-batch, unless --micro-batch is given; elsewhere `MANY_TOKENS`."""
-MANY_TOKENS = 16384
+CPU_TOKENS, ACCELERATOR_TOKENS = 2048, 16384
+"""Tokens of each device in a micro-batch, at most, unless --micro-batch is given."""
 EVALUATIONS = 20
 """Measurements of the held-out loss, unless --eval-every is given."""
 STATE_VERSION = 1
@@ -147,7 +146,8 @@ def with_micro_batch(config: RecoverConfig, devices: int, platform: str) -> Reco
             )
     if config.micro_batch:
         return config
-    most = max(1, MICRO_BATCH_TOKENS.get(platform, MANY_TOKENS) // config.length) * devices
+    tokens = CPU_TOKENS if platform == "cpu" else ACCELERATOR_TOKENS
+    most = max(1, tokens // config.length) * devices
     size = max(
         b for b in range(devices, config.batch + 1, devices) if config.batch % b == 0 and (b <= most or b == devices)
     )

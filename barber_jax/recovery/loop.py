@@ -74,13 +74,13 @@ class Outcome:
         state: after the last step.
         log: what was measured.
         diverged: the step whose loss or gradient was not finite, if any.
-        tokens_per_second: over the steps of this process but its first, which compiles; None without any.
+        earlier_seconds: spent in the loop by earlier attempts, up to the checkpoint that this one began with.
     """
 
     state: State
     log: Log
     diverged: int | None
-    tokens_per_second: float | None
+    earlier_seconds: float
 
 
 def run_steps(
@@ -154,8 +154,7 @@ def run_steps(
             _evaluate(setup, state, log, done, checkpoints, batches, progress, report)
             clock += time.perf_counter() - paused
     log.seconds = before + time.perf_counter() - began
-    speed = timed / (time.perf_counter() - clock) if timed else None
-    return Outcome(state, log, diverged, speed)
+    return Outcome(state, log, diverged, before)
 
 
 def _evaluate(

@@ -7,7 +7,7 @@ Fully sharded data parallelism (arXiv 1910.02054, stage 3): every large array is
 and so are samples. A block's parameters are gathered when the block is computed, and its gradient is scattered.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from barber_jax.convert.checkpoint import Checkpoint
-from barber_jax.convert.parameters import read_parameters
+from barber_jax.convert.parameters import read_parameters, read_stacked
 from barber_jax.devices.mesh import Devices
 from barber_jax.forward.passes import Parameters
 from barber_jax.models.decoder import BlockDefinition, Definition
@@ -60,7 +60,7 @@ class Program:
         """Names of the prunable kernels."""
         return tuple(f"{BLOCKS}{path}" for sub in self.block.sub_blocks for path in sub.kernels)
 
-    def head_names(self, names: Iterator[str] | Any) -> list[str]:
+    def head_names(self, names: Iterable[str]) -> list[str]:
         """Those of some parameters' names that the head uses."""
         embedding = f"{EMBED}{self.tied[1]}" if self.tied else None
         return [name for name in names if name.startswith(HEAD) or name == embedding]
@@ -130,11 +130,7 @@ def load(checkpoint: Checkpoint, model: Model, devices: Devices) -> Parameters:
                 (value,) = read_parameters(checkpoint, {path: name}).values()
                 loaded[f"{prefix}{path}"] = put(f"{prefix}{path}", value, devices)
     for path in model.names.block:
-        layers = (
-            read_parameters(checkpoint, {path: model.names.of_block(index)[path]})[path]
-            for index in range(model.layers)
-        )
-        loaded[f"{BLOCKS}{path}"] = put(f"{BLOCKS}{path}", np.stack(list(layers)), devices)
+        loaded[f"{BLOCKS}{path}"] = put(f"{BLOCKS}{path}", read_stacked(checkpoint, model, path), devices)
     return loaded
 
 

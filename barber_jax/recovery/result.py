@@ -29,7 +29,7 @@ def write_result(
     Args:
         checkpoint: the pruned checkpoint.
         writer: of the output folder; None on processes other than the primary one, which take part in the transfer.
-        values: name -> trained parameter, [N, ...] for the blocks', float32.
+        values: name -> trained parameter, [N, ...] for the blocks', float32; all prunable kernels are among them.
 
     Returns:
         For every block `block` and `weights`: Flax path of a matrix -> norm of its change over its norm before.
@@ -55,10 +55,7 @@ def write_result(
             _write(checkpoint, masks, writer, table[path], path, devices.fetch(value), False)
             written.add(table[path])
     if writer:
-        # Weights that were not trained may be kept by a mask file or not, too.
-        for name in sorted(pruned - written):
-            writer.write_pruned(name, checkpoint.read(name), masks.read(name))
-        writer.finish(written | pruned)
+        writer.finish(written)
         if masks.file:
             # Byte for byte, whoever wrote it.
             with writing(writer.folder / MASKS):

@@ -86,13 +86,8 @@ def split(parameters: Parameters, program: Program, scope: Scope) -> tuple[Param
 
 
 def of_values(masks: Parameters, values: Parameters) -> Parameters:
-    """Masks for `keep_pruned`: of each trained value its mask, or True."""
+    """Masks for `keep_pruned` and `zero_pruned`: of each value its mask, or True."""
     return {name: masks.get(name, np.True_) for name in values}
-
-
-def zero_pruned_kernel(value: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """A parameter with its pruned weights at 0: of a kernel that is not trained a mask file may prune more."""
-    return value if mask is None else jnp.where(mask, value, jnp.zeros((), value.dtype))
 
 
 @partial(jax.jit, static_argnames=("plan", "rank", "seed"))
@@ -127,8 +122,11 @@ def begin(
 
 def _shard_state(state: optax.OptState, mesh: tuple[int, int]) -> optax.OptState:
     """Shard every dict of the optimizer's state that has the trained values' names."""
-    is_dict = lambda node: isinstance(node, dict)  # noqa: E731
-    return jax.tree.map(lambda node: shard(node, mesh) if is_dict(node) else constrain(node), state, is_leaf=is_dict)
+
+    def is_named(node: object) -> bool:
+        return isinstance(node, dict)
+
+    return jax.tree.map(lambda node: shard(node, mesh) if is_named(node) else constrain(node), state, is_leaf=is_named)
 
 
 @partial(jax.jit, static_argnames="plan", donate_argnames="state")

@@ -74,8 +74,8 @@ def recover_record(
         best_step: step with the lowest held-out loss.
         written: `best` or `last`, the weights that are written.
         movement: for each block `block` and `weights`, matrix -> norm of its change over its norm before.
-        seconds: wall time of the run, in all attempts together.
-        seconds_training: the same of its training steps alone.
+        seconds: wall time of the last attempt, and of the training steps of those before it.
+        seconds_training: of the training steps and evaluations, in all attempts together.
         operations_per_token: floating-point operations for a trained token.
         matmul_flops: measured peak rate of matrix products over all devices, in operations per second.
         dense_perplexity, start_perplexity, perplexity: of the dense model, of the checkpoint before and after the

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from whole_models import IDS, assert_close, copied, plain_loss, plain_merge, whole
 
+from barber_jax.masks.keep_pruned import zero_pruned
 from barber_jax.recovery import training
 from barber_jax.recovery.training import B1, B2, learning_rates, train_step
 
@@ -104,7 +105,7 @@ def check_property(models, scope, pattern, mix, micro_batch, rate, spoilt):
         # The checkpoint's weights may be anything where a mask file prunes more than is 0 in it.
         sparse = {**sparse, **{name: model.dense[name] for name in model.masks}}
     plan, state, scales, frozen = model.begin(model.objective(mix), scope, 4 if scope == "lora" else 0, sparse=sparse)
-    frozen = {name: training.zero_pruned_kernel(value, model.masks.get(name)) for name, value in frozen.items()}
+    frozen = zero_pruned(training.of_values(model.masks, frozen), frozen)
     before = check_zeros(model, state, plan, frozen, scope, pattern)
     for ids in IDS[:3]:
         state, _ = step(model, plan, state, scales, frozen, ids, rate, micro_batch)
