@@ -168,8 +168,8 @@ class PruneConfig(
             group.settle(self)
         self._settle_start()
         self._settle_rebuild()
-        if self.allocate == "owl":
-            self._check_owl()
+        if self.allocate != "uniform":
+            self._check_allocation()
         self._refuse_unused()
         if self.validates and self.samples < 2:
             raise BarberError("--samples 1: --alpha auto, --refine and --reconstruct hold samples out; use at least 2")
@@ -196,13 +196,15 @@ class PruneConfig(
                 f"--granularity {self.granularity}: N:M patterns are rebuilt within an output; use output1"
             )
 
-    def _check_owl(self) -> None:
+    def _check_allocation(self) -> None:
         if self.method is None:
             given = "--masks" if self.masks else "--sparse-ckpt"
-            raise BarberError(f"--allocate owl conflicts with {given}, which fixes every block's sparsity")
+            raise BarberError(f"--allocate {self.allocate} conflicts with {given}, which fixes every block's sparsity")
         if self.sparsity_pattern.structured:
             pattern = self.sparsity_pattern
-            raise BarberError(f"--allocate owl conflicts with --pattern {pattern}, which fixes every block's sparsity")
+            raise BarberError(
+                f"--allocate {self.allocate} conflicts with --pattern {pattern}, which fixes every block's sparsity"
+            )
 
     def _refuse_unused(self) -> None:
         """Raise `BarberError` for an option that was given but that no enabled stage uses."""

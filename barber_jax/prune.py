@@ -105,7 +105,7 @@ def _prune(config: PruneConfig) -> dict:
         pruned = measure(HFFolder(writer.folder), "pruned model", run.config.batch) if writer else None
         options = run.config.as_dict() | {"sparsity": run.sparsity, "selection": run.selection}
         measured = {"dense_perplexity": dense, "perplexity": pruned}
-        allocated = run.start.sparsities if run.config.allocate == "owl" else None
+        allocated = run.start.sparsities if run.config.allocate != "uniform" else None
         seconds = time.perf_counter() - start_time
         record = run_record(options, run.model, run.devices.used, blocks, seconds, **measured, allocation=allocated)
         if writer:
@@ -156,7 +156,7 @@ def prune_blocks(run: Prepared, writer: FolderWriter | None, state: RunState | N
     config, offload = run.config, run.config.offload_activations
     inputs = (run.checkpoint, run.model, run.ids)
     with run.devices.context():
-        if config.allocate == "owl":
+        if config.allocate != "uniform":
             arguments = (config, config.sparsity_pattern.sparsity, *inputs, run.devices, progress)
             run.start.sparsities = allocation.block_sparsities(*arguments, batch=config.batch, offload=offload)
         with progress.phase("pruning", run.model.layers) as phase:
@@ -181,6 +181,7 @@ def check_inputs(config: PruneConfig, checkpoint: Checkpoint, model: Model, devi
     """Raise `BarberError`, before the long computation, if the options do not fit the checkpoint or the devices."""
     check_tensors(checkpoint, model)
     model.check_length(config.length)
+    allocation.check(config, config.sparsity_pattern.sparsity, model.layers)
     for name in model.kernel_names(0).values():
         config.sparsity_pattern.check_inputs(checkpoint.shape(name)[1], name)
     devices.check(model.block(), config.samples)

@@ -7,7 +7,8 @@ May import: console, masks, models, data, convert, devices, forward.
 | `base` | the criterion protocol |
 | `magnitude`, `wanda`, `sparsegpt` | one criterion each |
 | `starting` | starting masks of each block: by a criterion, from a mask file, or from a pruned checkpoint |
-| `allocation` | OWL: lower sparsity for blocks with more outliers |
+| `allocation` | sparsity of each block: uniform, OWL, or rising from block to block |
+| `owl` | OWL: lower sparsity for blocks with more outliers |
 """
 
 from barber_jax.criteria import magnitude, sparsegpt, wanda

@@ -1,41 +1,27 @@
-"""Allocate sparsity to blocks by OWL, outlier weighed layerwise sparsity (Yin et al., arXiv 2310.05175).
+"""Allocation of sparsity to blocks: uniform, by their outliers (OWL), or rising from the first to the last (ATP).
 
-Over all prunable weights of a block of the dense model, with X_j an input of the weight's linear:
+ATP (arXiv 2502.14770) lets the fraction to prune rise by the same beta from each block to the next, because the error
+of an early block passes through all later ones. With L blocks and the overall fraction p, block l = 0..L-1 is pruned by
 
-    A_ij = |W_ij| * ||X_j||_2
-    D    = fraction of weights with A_ij > M * mean(A)              the block's outlier ratio
-
-A block with a higher outlier ratio keeps more weights: the fractions kept are D, scaled so that the lowest and the
-highest block are 2 lambda apart and shifted so that their mean is the fraction kept overall. As in the authors' code,
-mean(A) is taken over the whole block, so a matrix whose scores are all large consists of outliers.
+    p_l = p + beta * (l - (L - 1) / 2)
 """
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from barber_jax.console import interrupt
 from barber_jax.console.errors import BarberError
 from barber_jax.console.options import OptionGroup, flag
-from barber_jax.console.progress import Phase, Progress
+from barber_jax.console.progress import Progress
 from barber_jax.convert.checkpoint import Checkpoint
-from barber_jax.criteria import wanda
+from barber_jax.criteria import owl
 from barber_jax.devices.mesh import Devices, broadcast_from_primary
-from barber_jax.forward import dense, passes
-from barber_jax.forward.passes import Parameters
-from barber_jax.forward.streams import Stream
-from barber_jax.models.decoder import SubBlock
+from barber_jax.forward import passes
 from barber_jax.models.family import Model
 from barber_jax.models.numbers import LARGEST
-from barber_jax.models.sharding import constrain
 
-MAX_SPARSITY = 0.99
-"""Highest sparsity of a block. Where the overall sparsity p is above 0.98, the bound is (1 + p) / 2 instead."""
 OWL_LAMBDA, OWL_M = 0.08, 5.0
 """Default lambda and M, as published for LLaMA (arXiv 2310.05175)."""
 
@@ -44,103 +30,65 @@ OWL_LAMBDA, OWL_M = 0.08, 5.0
 class AllocationOptions(OptionGroup):
     """Allocation of sparsity to blocks."""
 
-    allocate: Literal["uniform", "owl"] = "uniform"
-    """Sparsity of each block: uniform, or owl = lower where the dense model has more outliers."""
+    allocate: Literal["uniform", "owl", "slope"] = "uniform"
+    """Sparsity of each block: uniform; owl = lower where the dense model has more outliers; slope = rising by
+    --slope-beta from block to block."""
     owl_lambda: float | None = None
     """With owl: how far, approximately, a block's sparsity may differ from --sparsity. Default 0.08."""
     owl_m: float | None = None
     """With owl: a score above this many times its block's mean is an outlier. Default 5."""
+    slope_beta: float | None = None
+    """With slope: how much higher a block's sparsity is than that of the block before it, for example 0.005."""
 
     def settle(self) -> None:
-        options = {"owl_lambda": OWL_LAMBDA, "owl_m": OWL_M}
-        for option, value in options.items():
-            if self.allocate == "uniform" and getattr(self, option) is not None:
-                raise BarberError(f"{flag(option)} {getattr(self, option):g} needs --allocate owl")
-            if self.allocate == "owl" and getattr(self, option) is None:
+        owners = {"owl_lambda": "owl", "owl_m": "owl", "slope_beta": "slope"}
+        for option, owner in owners.items():
+            if self.allocate != owner and getattr(self, option) is not None:
+                raise BarberError(f"{flag(option)} {getattr(self, option):g} needs --allocate {owner}")
+        if self.allocate == "owl":
+            self._settle_owl()
+        elif self.allocate == "slope":
+            if self.slope_beta is None:
+                raise BarberError("--allocate slope needs --slope-beta, the step of sparsity from block to block")
+            if not 0 < self.slope_beta < 1:  # NaN fails this too
+                raise BarberError(f"--slope-beta {self.slope_beta:g} is outside (0, 1)")
+
+    def _settle_owl(self) -> None:
+        for option, value in {"owl_lambda": OWL_LAMBDA, "owl_m": OWL_M}.items():
+            if getattr(self, option) is None:
                 self._set(option, value)
-        if self.allocate == "uniform":
-            return
         if not 0 < self.owl_lambda <= 0.5:  # NaN fails this too
             raise BarberError(f"--owl-lambda {self.owl_lambda:g} is outside (0, 0.5]")
         if not 0 < self.owl_m <= LARGEST:
             raise BarberError(f"--owl-m {self.owl_m:g} must be a finite number above 0, within float32")
 
 
-def allocate(ratios: Sequence[float], sparsity: float, half_range: float) -> list[float]:
-    """Compute the fraction to prune in each block from the blocks' outlier ratios.
+def slope(blocks: int, sparsity: float, beta: float) -> list[float]:
+    """Compute the fraction to prune in each block for `--allocate slope`.
 
     Args:
-        ratios: outlier ratio of each block.
+        blocks: number of blocks, L.
         sparsity: overall fraction to prune, in [0, 1); the mean of the result.
-        half_range: lambda; highest minus lowest fraction is 2 lambda. It is reduced where a fraction would be below 0,
-            or above `MAX_SPARSITY`.
+        beta: difference between a block's fraction and that of the block before it.
+
+    Raises:
+        BarberError: the first block's fraction would be below 0, or the last one's too high.
     """
-    deviations = np.asarray(ratios, np.float64) - np.mean(ratios)
-    span = deviations.max() - deviations.min()
-    if span == 0:
-        return [sparsity] * len(ratios)
-    extra_kept = deviations * (2 * half_range / span)
-    highest = max(MAX_SPARSITY, (1 + sparsity) / 2)
-    scale = min(1.0, sparsity / extra_kept.max(), (highest - sparsity) / -extra_kept.min())
-    return [max(0.0, sparsity - scale * extra) for extra in extra_kept.tolist()]
+    half = (blocks - 1) / 2
+    room = min(sparsity, owl.highest_sparsity(sparsity) - sparsity)
+    if beta * half > room:
+        most = math.floor(1e6 * room / half) / 1e6
+        raise BarberError(
+            f"--slope-beta {beta:g}: with {blocks} blocks and sparsity {sparsity:g} the first block keeps everything, "
+            f"or the last one next to nothing: use at most {most:g}"
+        )
+    return [sparsity + beta * (block - half) for block in range(blocks)]
 
 
-@partial(jax.jit, static_argnames="sub_blocks")
-def count_outliers(
-    sub_blocks: tuple[SubBlock, ...], parameters: Parameters, squares: dict[str, jax.Array], threshold: jax.Array
-) -> dict[str, jax.Array]:
-    """Count the outliers of each kernel: weights whose score is above `threshold` times the block's mean score.
-
-    Args:
-        parameters: of the block.
-        squares: input name -> float32 [I], `wanda.statistic` summed over all samples.
-        threshold: M of the paper, a float32 scalar.
-
-    Returns:
-        Kernel path -> int32 scalar.
-    """
-    scores = {}
-    for linear, input_name in (pair for sub in sub_blocks for pair in sub.linears):
-        path = f"{linear}.kernel"
-        scores[path] = jnp.abs(parameters[path].astype(jnp.float32)) * jnp.sqrt(squares[input_name])[:, None]
-    # Sum one axis at a time: a running float32 sum over a whole matrix loses precision.
-    total = sum(jnp.sum(jnp.sum(score, axis=0)) for score in scores.values())
-    bound = threshold * total / sum(score.size for score in scores.values())
-    return {path: constrain(jnp.sum(score > bound, dtype=jnp.int32)) for path, score in scores.items()}
-
-
-def outlier_ratios(
-    checkpoint: Checkpoint,
-    model: Model,
-    ids: np.ndarray,
-    devices: Devices,
-    *,
-    threshold: float,
-    offload: bool = False,
-    phase: Phase | None = None,
-) -> list[float]:
-    """Compute the outlier ratio of each block in a forward pass of the dense model, one block in memory at a time.
-
-    Args:
-        ids: int32 [M, B, L] token ids, M micro-batches of B samples.
-        threshold: M of the paper.
-        offload: keep activations in host memory, with one micro-batch at a time on the device.
-        phase: advanced after each block, if given.
-    """
-    block, ratios = model.block(), []
-
-    def visit(parameters: Parameters, stream: Stream) -> None:
-        interrupt.check()
-        squares: dict[str, jax.Array] = {}
-        for chunk in stream:
-            of_chunk = passes.statistics(block, wanda.statistic, parameters, chunk)
-            squares = jax.tree.map(jnp.add, squares, of_chunk) if squares else of_chunk
-        counts = devices.fetch(count_outliers(model.sub_blocks, parameters, squares, jnp.float32(threshold)))
-        # Add up as Python integers: the total over a block's matrices may overflow int32.
-        ratios.append(sum(int(count) for count in counts.values()) / sum(parameters[path].size for path in counts))
-
-    dense.final_hidden(checkpoint, model, ids, devices, offload, visit, phase)
-    return ratios
+def check(options: AllocationOptions, sparsity: float, blocks: int) -> None:
+    """Raise `BarberError` if the model has too many blocks for the options."""
+    if options.allocate == "slope":
+        slope(blocks, sparsity, options.slope_beta)
 
 
 def block_sparsities(
@@ -148,27 +96,29 @@ def block_sparsities(
     sparsity: float,
     checkpoint: Checkpoint,
     model: Model,
-    ids: np.ndarray,
+    ids: np.ndarray | None,
     devices: Devices,
     progress: Progress,
     *,
     batch: int,
     offload: bool,
 ) -> list[float]:
-    """Compute the fraction to prune in each block for `--allocate owl`.
+    """Compute the fraction to prune in each block, if it is not uniform.
 
     Args:
-        options: with lambda and M.
+        options: `allocate` is not uniform.
         sparsity: overall fraction to prune, the mean of the result.
-        ids: int32 [S, L] calibration tokens.
+        ids: int32 [S, L] calibration tokens; owl alone needs them.
         batch: samples in a micro-batch.
         offload: keep activations in host memory, with one micro-batch at a time on the device.
     """
+    if options.allocate == "slope":
+        return slope(model.layers, sparsity, options.slope_beta)
     batches = passes.micro_batches(ids, batch, devices.shape[0])
     with progress.phase("outliers of the dense model", model.layers) as phase:
         settings = {"threshold": options.owl_m, "offload": offload, "phase": phase}
-        ratios = outlier_ratios(checkpoint, model, batches, devices, **settings)
+        ratios = owl.outlier_ratios(checkpoint, model, batches, devices, **settings)
     if min(ratios) == max(ratios):
         progress.say(f"--owl-m {options.owl_m:g}: all blocks have the same outlier ratio and get the same sparsity")
     # The same values on every process: with different quotas the processes' programs would differ and deadlock.
-    return broadcast_from_primary(lambda: allocate(ratios, sparsity, options.owl_lambda))
+    return broadcast_from_primary(lambda: owl.allocate(ratios, sparsity, options.owl_lambda))

@@ -1,5 +1,6 @@
 """The structure of run.json, checked as a whole when it is read, so that nobody who uses it need check anything."""
 
+import dataclasses
 from typing import Any
 
 from barber_jax.console.structure import (
@@ -14,9 +15,10 @@ from barber_jax.console.structure import (
     scalar,
     text,
 )
+from barber_jax.criteria.allocation import AllocationOptions
 from barber_jax.stages.outliers import parse_map
 
-ALLOCATION = ("allocate", "owl_lambda", "owl_m")
+ALLOCATION = tuple(field.name for field in dataclasses.fields(AllocationOptions))
 """Names of the options for the allocation of sparsity to blocks."""
 
 FRACTION = number(0, 1)

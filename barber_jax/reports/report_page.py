@@ -92,7 +92,8 @@ def description(record: dict) -> str:
     ]
     if "allocation" in record:
         least, most = min(record["allocation"]), max(record["allocation"])
-        words.append(f"sparsity of blocks by OWL, {least:.1%} to {most:.1%}")
+        how = "rising from block to block" if options.get("allocate") == "slope" else "by OWL"
+        words.append(f"sparsity of blocks {how}, {least:.1%} to {most:.1%}")
     if options["rebuild"]:
         words.append(f"rebuilt by {options['granularity']} with alpha {options['alpha']}, metric {options['metric']}")
     else:
