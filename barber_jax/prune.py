@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from barber_jax.convert.hf_folder import HFFolder
 from barber_jax.convert.parameters import check_tensors
 from barber_jax.criteria import CRITERIA, allocation
 from barber_jax.criteria.starting import CriterionStart, MaskFileStart, SparseCheckpointStart, Start
-from barber_jax.data.calibration import check_source, load_calibration
+from barber_jax.data.calibration import check_source, split_source
 from barber_jax.devices.hosts import join
 from barber_jax.devices.mesh import Devices, is_primary, require_agreement
 from barber_jax.devices.options import parse_mesh
@@ -42,6 +41,7 @@ from barber_jax.reports.page import try_writing
 from barber_jax.reports.report_page import write_report
 from barber_jax.reports.run_record import run_record
 from barber_jax.reports.summary import headline, summary
+from barber_jax.run.calibration import Calibration, open_calibration
 from barber_jax.run.history import History
 from barber_jax.run.loop import Pruning
 from barber_jax.run.resume import open_state, run_identity
@@ -57,7 +57,8 @@ def prune(config: PruneConfig) -> dict:
     Raises:
         BarberError: an error that the user can fix; nothing is left under --out.
     """
-    inputs = [config.ckpt, config.calibration, config.eval_text, config.masks, config.sparse_ckpt]
+    text = split_source(config.calibration)[1]
+    inputs = [config.ckpt, text, config.eval_text, config.masks, config.sparse_ckpt]
     paths = [Path(given) for given in inputs if given]
     with claimed(config.out, config.overwrite, paths) if is_primary() else contextlib.nullcontext():
         return _prune(config)
@@ -74,7 +75,7 @@ class Prepared:
         selection: implementation of the selection of weights.
         start: source of the starting masks.
         sparsity: fraction of the prunable weights.
-        ids: int32 [samples, length] calibration tokens; None where none are needed.
+        calibration: the calibration tokens; None where none are needed.
         windows: int32 [windows, length] evaluation tokens; None to evaluate nothing.
         identity: what must be the same for the run to be resumed.
     """
@@ -86,9 +87,14 @@ class Prepared:
     selection: Selection
     start: Start
     sparsity: float
-    ids: np.ndarray | None
+    calibration: Calibration | None
     windows: np.ndarray | None
     identity: dict[str, Any]
+
+    @property
+    def ids(self) -> np.ndarray | None:
+        """int32 [samples, length] calibration tokens; None where none are needed."""
+        return self.calibration.ids if self.calibration else None
 
 
 def _prune(config: PruneConfig) -> dict:
@@ -107,7 +113,8 @@ def _prune(config: PruneConfig) -> dict:
         measured = {"dense_perplexity": dense, "perplexity": pruned}
         allocated = run.start.sparsities if run.config.allocate != "uniform" else None
         seconds = time.perf_counter() - start_time
-        record = run_record(options, run.model, run.devices.used, blocks, seconds, **measured, allocation=allocated)
+        extra = {"allocation": allocated, "written_calibration": run.calibration and run.calibration.written}
+        record = run_record(options, run.model, run.devices.used, blocks, seconds, **measured, **extra)
         if writer:
             publish(run.config, record, writer, state, progress)
         progress.say(summary(record))
@@ -124,13 +131,15 @@ def prepare(config: PruneConfig, progress: Progress) -> Prepared:
     check_inputs(config, checkpoint, model, devices)
     start, config, sparsity = open_start(config, checkpoint, sparse, model, devices, progress, selection)
     config = dataclasses.replace(config, batch=config.batch or passes.default_batch(config.length))
-    check_source(config.calibration)
-    uses_ids = start.needs_stream or config.runs_stages or config.allocate == "owl"
-    ids = calibration_ids(config, checkpoint, model, progress.say) if uses_ids else None
+    text = split_source(config.calibration)[1]
+    if text is not None:
+        check_source(text)
     windows = evaluation_windows(config, checkpoint, model, progress.say)
-    identity = run_identity(config.as_dict(), checkpoint, sparse, ids)
+    uses_ids = start.needs_stream or config.runs_stages or config.allocate == "owl"
+    calibration = open_calibration(config, checkpoint, model, devices, progress) if uses_ids else None
+    identity = run_identity(config.as_dict(), checkpoint, sparse, calibration and calibration.ids)
     require_agreement("options or files", identity)
-    return Prepared(config, checkpoint, model, devices, selection, start, sparsity, ids, windows, identity)
+    return Prepared(config, checkpoint, model, devices, selection, start, sparsity, calibration, windows, identity)
 
 
 def open_output(run: Prepared, stack: contextlib.ExitStack, progress: Progress) -> tuple[FolderWriter, RunState]:
@@ -140,6 +149,9 @@ def open_output(run: Prepared, stack: contextlib.ExitStack, progress: Progress) 
     writer = FolderWriter(config.out, run.checkpoint, names, pattern, run.sparsity, config.save_start)
     stack.enter_context(writer)
     switches = {"resume": config.resume, "overwrite": config.overwrite}
+    if run.calibration and run.calibration.written:
+        run.calibration.save(writer.folder)
+        switches["calibration"] = run.calibration.block()
     folder = sibling_path(config.out, ".run")
     state = stack.enter_context(open_state(folder, run.identity, model.layers, progress.say, **switches))
     if writer.no_tokenizer:
@@ -221,22 +233,6 @@ def open_start(
     pattern = config.sparsity_pattern
     criterion = CRITERIA[config.method]
     return CriterionStart(criterion, model, config.samples, pattern, progress.say, selection), config, pattern.sparsity
-
-
-def calibration_ids(
-    config: PruneConfig, checkpoint: Checkpoint, model: Model, say: Callable[[str], None]
-) -> np.ndarray:
-    """Load the calibration token ids, int32 [samples, length]; `say` prints a line."""
-    return load_calibration(
-        config.calibration,
-        checkpoint.tokenizer,
-        samples=config.samples,
-        length=config.length,
-        seed=config.seed,
-        vocab_size=model.vocabulary,
-        text_field=config.text_field,
-        say=say,
-    )
 
 
 def write_blocks(pruning: Pruning, writer: FolderWriter | None, phase) -> list[dict]:

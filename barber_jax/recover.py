@@ -15,6 +15,7 @@ from barber_jax.console.errors import BarberError, DamagedInput, exit_with_one_l
 from barber_jax.console.progress import Progress
 from barber_jax.convert.export import RECOVERED, FolderWriter, claimed, sibling_path
 from barber_jax.convert.hf_folder import HFFolder
+from barber_jax.data.calibration import SELF
 from barber_jax.data.packing import batches
 from barber_jax.devices.hosts import join
 from barber_jax.devices.mesh import is_primary
@@ -49,7 +50,8 @@ def recover(config: RecoverConfig) -> dict:
         BarberError: an error that the user can fix. If the loss was not finite at some step, the result is written
             with the best weights before; otherwise nothing is left under --out.
     """
-    inputs = [config.ckpt, config.teacher, config.text, config.masks, config.eval_text]
+    text = None if config.text == SELF else config.text
+    inputs = [config.ckpt, config.teacher, text, config.masks, config.eval_text]
     paths = [Path(given) for given in inputs if given]
     with claimed(config.out, config.overwrite, paths) if is_primary() else contextlib.nullcontext():
         return _recover(config)

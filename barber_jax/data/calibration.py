@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # one in a thousand longer than 8192.
 _MAX_MISSES = 20_000
 _CHECKED_AT_ONCE = 1 << 22
+SELF = "self"
+"""Calibration samples that the dense model writes itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,8 @@ class CalibrationOptions(OptionGroup):
     """Calibration data."""
 
     calibration: str = "c4"
-    """c4, wikitext2, ptb, a .txt/.jsonl/.json/.parquet/.arrow file, a folder of such, or .npy token ids."""
+    """c4, wikitext2, ptb, a .txt/.jsonl/.json/.parquet/.arrow file, a folder of such, .npy token ids, or self: text
+    that the dense model writes; self+TEXT: half of each."""
     text_field: str = "text"
     """Name of the text column, in files with columns."""
     samples: int = 128
@@ -42,10 +45,15 @@ class CalibrationOptions(OptionGroup):
         if not self.calibration:
             # An empty path would mean the current folder.
             raise BarberError("--calibration is empty; name a dataset or a file")
+        written, text_source = split_source(self.calibration)
+        if written and text_source == "":
+            raise BarberError(f"--calibration {self.calibration}: no text after the +; name one, or give {SELF} alone")
         self._require_least(1, "samples", "length")
         self._require_least(0, "seed")
         if self.length < 2:
             raise BarberError("--length 1 leaves no next token; use at least 2")
+        if written and text_source and self.samples < 2:
+            raise BarberError(f"--calibration {self.calibration}: half of --samples 1 is none; use at least 2")
 
 
 def load_calibration(
@@ -102,6 +110,17 @@ def load_calibration(
             say(text.null_rows(source, nulls))
     check_ids(source, windows, vocab_size)
     return windows.astype(np.int32)
+
+
+def split_source(source: str) -> tuple[bool, str | None]:
+    """Whether the model itself writes samples, and the text that the others are cut from.
+
+    (True, None) for `self`; (True, "prose.txt") for `self+prose.txt`; (False, "prose.txt") for prose.txt.
+    """
+    if source == SELF:
+        return True, None
+    written = source.startswith(f"{SELF}+")
+    return written, source.removeprefix(f"{SELF}+") if written else source
 
 
 def check_source(source: str) -> None:

@@ -10,6 +10,7 @@ May import: console, masks, models, data, convert, devices.
 | `evaluation` | perplexity as a step of other commands |
 | `perplexity` | perplexity of a checkpoint |
 | `generation` | tokens one after the other, greedily or sampled, with a key-value cache |
+| `self_calibration` | calibration samples that the dense model writes itself |
 | `resident` | a whole model in device memory: log-likelihoods and generation |
 """
 

@@ -21,8 +21,11 @@ from barber_jax.models.sharding import DATA, constrain
 CHECK_INTERVAL = 32
 """Tokens generated between two checks whether all sequences have ended."""
 
+SPAN = 256
+"""Tokens of the vocabulary in a span, of which one is drawn first."""
+
 KVCache = Any
-"""Keys and values of all blocks, (keys, values) of [B, T, K, E] each for every block, or stacked [blocks, ...]."""
+"""Keys [B, K, E, T] and values [B, K, T, E] of all blocks, a pair for each block, or stacked [blocks, ...]."""
 
 RunBlock = Callable[[Callable[..., jax.Array], jax.Array, Any], tuple[jax.Array, Any]]
 """Called with a block, the hidden states before it and its part of the cache; returns both as they are after it."""
@@ -80,11 +83,33 @@ def choose(logits: jax.Array, position: jax.Array, sampling: Sampling | None) ->
     if sampling is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    def draw(logits: jax.Array, row: jax.Array, position: jax.Array) -> jax.Array:
+    def uniform(row: jax.Array, position: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(sampling.seed), row), position)
-        return jax.random.categorical(key, logits / sampling.temperature)
+        return jax.random.uniform(key, (2,))
 
-    return jax.vmap(draw)(logits, sampling.rows, position).astype(jnp.int32)
+    # Two random numbers, not one for each token of the vocabulary: on a CPU those would take as long as the model.
+    # First a span of the vocabulary is drawn, then a token in it.
+    weights = jnp.exp((logits - jnp.max(logits, axis=1, keepdims=True)) / sampling.temperature)
+    weights = jnp.pad(weights, ((0, 0), (0, -weights.shape[1] % SPAN))).reshape(len(weights), -1, SPAN)
+    draws = jax.vmap(uniform)(sampling.rows, position)
+    span = _draw(jnp.sum(weights, axis=2), draws[:, 0])
+    inside = jnp.take_along_axis(weights, span[:, None, None], axis=1)[:, 0]
+    return SPAN * span + _draw(inside, draws[:, 1])
+
+
+def _draw(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+    """Draw an entry of each row with probability proportional to its weight: [B, N], uniform [B] -> int32 [B]."""
+    sums = jnp.cumsum(weights, axis=1)
+    total = sums[:, -1]
+    # Below the total also where the product is rounded up to it, so that no entry of weight 0 is drawn.
+    goal = jnp.minimum(uniform * total, jnp.nextafter(total, jnp.zeros_like(total)))
+    return jnp.argmax(sums > goal[:, None], axis=1).astype(jnp.int32)
+
+
+def extended(keys: jax.Array, values: jax.Array, more: int) -> tuple[jax.Array, jax.Array]:
+    """Keys [..., E, T] and values [..., T, E] of a block with room for so many more positions."""
+    before = ((0, 0),) * (keys.ndim - 2)
+    return jnp.pad(keys, (*before, (0, 0), (0, more))), jnp.pad(values, (*before, (0, more), (0, 0)))
 
 
 def prefill(
@@ -100,12 +125,12 @@ def prefill(
     Returns:
         The next token of each prompt, int32 [B], and the cache.
     """
-    padding = ((0, 0), (0, capacity - ids.shape[1]), (0, 0), (0, 0))
+    more = capacity - ids.shape[1]
 
     def each(block: Callable[..., jax.Array], hidden: jax.Array, _: None) -> tuple[jax.Array, Any]:
         cache = BlockKVCache()
         hidden = block(hidden, cache=cache)
-        return constrain(hidden, DATA), (jnp.pad(cache.keys, padding), jnp.pad(cache.values, padding))
+        return constrain(hidden, DATA), extended(cache.keys, cache.values, more)
 
     hidden, cache = network.run_blocks(constrain(network.embed(ids), DATA), each, None)
     final = hidden[jnp.arange(len(ids)), lengths - 1]

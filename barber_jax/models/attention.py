@@ -27,7 +27,8 @@ class BlockKVCache:
 
     Attributes:
         position: int32 [S], position of the new token of each sequence; None while whole prompts are processed.
-        keys, values: [S, T, K, E], with room for T positions; set by the attention that is given the cache.
+        keys: [S, K, E, T], with room for T positions; set by the attention that is given the cache, as are
+        values: [S, K, T, E].
     """
 
     position: jax.Array | None = None
@@ -37,11 +38,11 @@ class BlockKVCache:
     def update(self, keys: jax.Array, values: jax.Array) -> None:
         """Store the keys and values of whole prompts [S, L, K, E], or of one new token per sequence [S, 1, K, E]."""
         if self.position is None:
-            self.keys, self.values = keys, values
+            self.keys, self.values = keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3)
         else:
             rows = jnp.arange(len(self.position))
-            self.keys = self.keys.at[rows, self.position].set(keys[:, 0])
-            self.values = self.values.at[rows, self.position].set(values[:, 0])
+            self.keys = self.keys.at[rows, :, :, self.position].set(keys[:, 0])
+            self.values = self.values.at[rows, :, self.position].set(values[:, 0])
 
 
 def attend(
@@ -158,10 +159,13 @@ def _attend_chunk(
 def _attend_to_cache(q: jax.Array, cache: BlockKVCache, scale: float, window: int | None) -> jax.Array:
     """Attention of one new token per sequence, q [S, 1, H, E], to all positions in the cache -> [S, 1, H * E]."""
     samples, _, heads, size = q.shape
-    keys, values = cache.keys.transpose(0, 2, 1, 3), cache.values.transpose(0, 2, 1, 3)
-    grouped = q.reshape(samples, keys.shape[1], -1, size)
-    scores = jnp.einsum("skgd,sktd->skgt", grouped, keys, preferred_element_type=jnp.float32) * scale
-    distance = cache.position[:, None, None, None] - jnp.arange(keys.shape[2])
+    keys, values = cache.keys, cache.values
+    grouped = q.reshape(samples, keys.shape[1], -1, size).astype(jnp.float32)
+    # Products of one row are limited by reading the cache. Written so, each is one loop over it as it lies in memory;
+    # a matrix product would copy it first.
+    scores = jnp.sum(grouped[..., None] * keys[:, :, None], axis=3) * scale
+    distance = cache.position[:, None, None, None] - jnp.arange(keys.shape[3])
     visible = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1).astype(values.dtype)
-    return jnp.einsum("skgt,sktd->skgd", weights, values).reshape(samples, 1, heads * size)
+    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+    mixed = jnp.sum(weights[..., None] * values[:, :, None], axis=3).astype(q.dtype)
+    return mixed.reshape(samples, 1, heads * size)

@@ -30,6 +30,11 @@ def data_axis_size() -> int:
     return dict(jax.sharding.get_abstract_mesh().shape).get(DATA, 1)
 
 
+def model_axis_size() -> int:
+    """Size of the mesh axis `model`, over which linears are sharded; 1 without a mesh."""
+    return dict(jax.sharding.get_abstract_mesh().shape).get(MODEL, 1)
+
+
 def sharded_axes(axes: Sequence[str | None]) -> tuple[int, ...]:
     """Axes of an array that are spread over several devices, given the mesh axis of each of them."""
     sizes = dict(jax.sharding.get_abstract_mesh().shape)

@@ -10,6 +10,7 @@ May import: console, masks, models, data, convert, devices, forward, criteria, r
 | `objective` | the loss, chunk by chunk over the vocabulary, and its gradient |
 | `training` | one optimizer step; losses on held-out text |
 | `inputs` | all that a recovery needs, opened and checked |
+| `self_text` | text that the teacher writes |
 | `source` | the masks and weights that a recovery starts from |
 | `checkpoints` | what survives a crash: weights, moments, position in the text |
 | `loop` | the loop over steps |

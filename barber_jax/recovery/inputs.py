@@ -15,6 +15,7 @@ from barber_jax.console.progress import Progress
 from barber_jax.convert.checkpoint import Checkpoint, open_checkpoint
 from barber_jax.convert.export import sibling_path
 from barber_jax.convert.parameters import check_tensors
+from barber_jax.data.calibration import SELF
 from barber_jax.data.packing import PackedText, check_batch, open_text
 from barber_jax.devices.mesh import Devices, require_agreement
 from barber_jax.devices.options import PROCESS_OPTIONS, parse_mesh
@@ -22,6 +23,7 @@ from barber_jax.forward.evaluation import evaluation_windows
 from barber_jax.models import build_model
 from barber_jax.models.family import Model
 from barber_jax.recovery.recover_config import RecoverConfig
+from barber_jax.recovery.self_text import self_text
 from barber_jax.recovery.source import MaskSource, open_masks
 from barber_jax.run.fingerprint import array_fingerprint, fingerprint
 
@@ -77,8 +79,16 @@ def prepare(config: RecoverConfig, progress: Progress) -> Prepared:
     config = with_micro_batch(config, len(devices.used), devices.used[0].platform)
     tokens_per_step = config.batch * config.length
     needed = config.tokens or (config.steps or 0) * tokens_per_step
+    cache = sibling_path(config.out, ".text")
+    # Before anything is written by the teacher, which may take long.
+    windows = evaluation_windows(config, checkpoint, model, progress.say)
+    source = config.text
+    if source == SELF:
+        count = config.held_out + -(-needed // tokens_per_step) * config.batch
+        options = {"length": config.length, "seed": config.seed, "dtype": config.compute_dtype}
+        source = str(self_text(teacher, model, devices, windows=count, **options, cache=cache, progress=progress))
     text = open_text(
-        config.text,
+        source,
         checkpoint.tokenizer,
         length=config.length,
         seed=config.seed,
@@ -87,14 +97,13 @@ def prepare(config: RecoverConfig, progress: Progress) -> Prepared:
         needed=needed or sys.maxsize,
         vocab_size=model.vocabulary,
         text_field=config.text_field,
-        cache=sibling_path(config.out, ".text"),
+        cache=cache,
         say=progress.say,
     )
     check_batch(text, config.batch)
     steps = -(-needed // tokens_per_step) or max(1, text.tokens // tokens_per_step)
     every = min(config.eval_every or max(1, -(-steps // EVALUATIONS)), steps)
     config = dataclasses.replace(config, steps=steps, tokens=None, eval_every=every)
-    windows = evaluation_windows(config, checkpoint, model, progress.say)
     identity = run_identity(config, checkpoint, teacher, masks, text)
     require_agreement("options or files", identity)
     return Prepared(config, checkpoint, teacher, model, masks, text, windows, devices, identity)

@@ -44,7 +44,8 @@ class TextOptions(OptionGroup):
     """Text to train on."""
 
     text: str
-    """c4, wikitext2, ptb, a .txt/.jsonl/.json/.parquet/.arrow file, a folder of such, or .npy token ids."""
+    """c4, wikitext2, ptb, a .txt/.jsonl/.json/.parquet/.arrow file, a folder of such, .npy token ids, or self: text
+    that the teacher writes."""
     text_field: str = "text"
     """Name of the text column, in files with columns."""
     length: int = 512

@@ -10,6 +10,7 @@ from barber_jax.console.configuration import Configuration
 from barber_jax.console.errors import BarberError
 from barber_jax.console.options import OptionGroup
 from barber_jax.console.values import check_values
+from barber_jax.data.calibration import SELF
 from barber_jax.devices.options import PROCESS_OPTIONS
 from barber_jax.recovery.options import (
     DEFAULT_RANK,
@@ -74,6 +75,10 @@ class RecoverConfig(
             group.settle(self)
         if self.mix and not self.teacher:
             raise BarberError(f"--mix {self.mix:g} needs --teacher; without it the loss is cross-entropy alone")
+        if self.text == SELF and not self.teacher:
+            raise BarberError(f"--text {SELF} is text that the teacher writes; give --teacher")
+        if self.text == SELF and not (self.tokens or self.steps):
+            raise BarberError(f"--text {SELF} is as long as it is asked to be; give --tokens or --steps")
         if self.text == "c4" and not (self.tokens or self.steps):
             raise BarberError("--text c4 has 156 billion tokens; give --tokens or --steps")
 

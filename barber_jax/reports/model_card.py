@@ -11,6 +11,7 @@ import yaml
 from barber_jax.console import documents
 from barber_jax.console.files import writing
 from barber_jax.convert.export import MASKS
+from barber_jax.data.calibration import split_source
 from barber_jax.reports.markup import markdown_block, markdown_code, markdown_text
 
 CARD = "README.md"
@@ -149,7 +150,9 @@ def _method(options: Mapping[str, Any]) -> str:
         steps.append(f"refined by up to {options['refine']} swaps per output")
     if options["reconstruct"]:
         steps.append(f"kept weights trained for {options['reconstruct']} steps per sub-block")
-    return ", ".join(steps) + f"; {options['samples']} calibration samples of {options['length']} tokens."
+    written, text = split_source(str(options.get("calibration", "")))
+    by = f", {'half of them ' if text else ''}written by the dense model itself" if written else ""
+    return ", ".join(steps) + f"; {options['samples']} calibration samples of {options['length']} tokens{by}."
 
 
 def _results_table(record: Mapping[str, Any]) -> str:

@@ -102,6 +102,9 @@ RECORD = fields(
         "perplexity": MEASURED,
         "dense_perplexity": MEASURED,
         "allocation": items(FRACTION, least=1),
+        "written_calibration": fields(
+            {"samples": integer(1), "begins_with": text, "token": optional(integer()), "seconds": SECONDS}
+        ),
         "started_from": fields(
             {"folder": text, "method": optional(text), "rebuild": flag, "seconds": SECONDS},
             dict.fromkeys(ALLOCATION, scalar),

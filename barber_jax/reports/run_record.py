@@ -154,6 +154,7 @@ def run_record(
     dense_perplexity: dict | None = None,
     perplexity: dict | None = None,
     allocation: list[float] | None = None,
+    written_calibration: dict | None = None,
 ) -> dict:
     """Compose the content of run.json.
 
@@ -164,6 +165,7 @@ def run_record(
         seconds: wall time of the run.
         dense_perplexity, perplexity: of the dense and the pruned model, if measured.
         allocation: fraction to prune in each block, if allocated by OWL.
+        written_calibration: how the model has written calibration samples, if it has.
     """
     options = plain_options(options)
     record = {
@@ -178,4 +180,5 @@ def run_record(
     }
     extra = {"dense_perplexity": dense_perplexity, "perplexity": perplexity}
     extra |= {"started_from": provenance(options), "allocation": allocation}
+    extra["written_calibration"] = written_calibration
     return record | {key: value for key, value in extra.items() if value}

@@ -5,6 +5,7 @@ May import: console, masks, models, data, convert, devices, forward, criteria, s
 | module | what it holds |
 |---|---|
 | `loop` | the loop over decoder blocks |
+| `calibration` | calibration samples: from text, or written by the model and kept for a resumed run |
 | `resume` | identity of a run; starting or resuming an unfinished run |
 | `run_state` | finished blocks of an unfinished run, on disk |
 | `identity` | what identifies an unfinished run |

@@ -31,6 +31,11 @@ def write_identity(folder: Path, identity: dict[str, Any]) -> None:
     os.replace(partial, folder / IDENTITY)
 
 
+def no_run(folder: Path) -> BarberError:
+    """The error for a folder that holds no run to resume."""
+    return BarberError(f"--resume: no unfinished run under {folder}; leave --resume out to start one")
+
+
 def check_identity(folder: Path, identity: dict[str, Any]) -> None:
     """Raise `BarberError` unless the folder holds a run state with this identity."""
     path = folder / IDENTITY
@@ -39,7 +44,7 @@ def check_identity(folder: Path, identity: dict[str, Any]) -> None:
         if not isinstance(stored, dict):
             raise ValueError("not a JSON object")
     except (FileNotFoundError, NotADirectoryError):
-        raise BarberError(f"--resume: no unfinished run under {folder}; leave --resume out to start one") from None
+        raise no_run(folder) from None
     except (OSError, ValueError) as error:
         cause = first_line(error)
         raise BarberError(f"--resume: {path}: cannot be read ({cause}); start over with --overwrite") from None

@@ -12,7 +12,9 @@ from barber_jax.console.errors import BarberError, DamagedInput
 from barber_jax.console.files import expand
 from barber_jax.console.options import flag
 from barber_jax.convert.checkpoint import Checkpoint
+from barber_jax.data.calibration import split_source
 from barber_jax.devices.options import PROCESS_OPTIONS
+from barber_jax.run.block_file import Block
 from barber_jax.run.fingerprint import array_fingerprint, fingerprint
 from barber_jax.run.run_state import RunState
 
@@ -42,6 +44,9 @@ def run_identity(
     if options["reconstruct"]:
         # The seed also determines the order of training samples, not only the calibration samples.
         identity["--seed"] = options["seed"]
+    if ids is not None and split_source(options["calibration"])[0]:
+        # A resumed run takes the ids that the interrupted one has kept, so they do not tell whether these differ.
+        identity |= {"--calibration": options["calibration"], "--seed": options["seed"]}
     for option, given in (("--ckpt", checkpoint), ("--sparse-ckpt", sparse)):
         if given:
             sources = given.sources()
@@ -56,12 +61,19 @@ def run_identity(
 
 @contextlib.contextmanager
 def open_state(
-    folder: Path, identity: dict[str, Any], layers: int, say: Callable[[str], None], *, resume: bool, overwrite: bool
+    folder: Path,
+    identity: dict[str, Any],
+    layers: int,
+    say: Callable[[str], None],
+    *,
+    resume: bool,
+    overwrite: bool,
+    calibration: Block | None = None,
 ) -> Iterator[RunState]:
     """Context manager that opens the run state in `folder`, new or resumed.
 
-    On an error the run state is kept if it holds finished blocks, and a printed line says how to resume. Otherwise, or
-    if an input is damaged, it is deleted.
+    On an error the run state is kept if it holds finished blocks or calibration samples, and a printed line says how to
+    resume. Otherwise, or if an input is damaged, it is deleted.
 
     Args:
         identity: from `run_identity`.
@@ -69,6 +81,7 @@ def open_state(
         say: prints a line.
         resume: resume the unfinished run in `folder`.
         overwrite: allow replacing an unfinished run in `folder`.
+        calibration: calibration samples for a new run state to keep, see `RunState.create`.
 
     Raises:
         BarberError: there is no run to resume or it has another identity; or `folder` holds an unfinished run and
@@ -80,16 +93,23 @@ def open_state(
             say(f"{folder}: block {state.damaged} is damaged; it and all later blocks are computed again")
         say(f"resuming after {state.finished} of {layers} blocks")
     else:
-        if not overwrite and RunState.holds_blocks(folder):
-            raise BarberError(f"{folder} holds an unfinished run; --resume continues it, --overwrite starts over")
-        state = RunState.create(folder, identity)
+        if not overwrite:
+            refuse_unfinished(folder)
+        state = RunState.create(folder, identity, calibration)
     with state:
         try:
             yield state
         except BaseException as error:
-            if state.finished and not isinstance(error, DamagedInput):
-                kept = f"{state.finished} of {layers} blocks are kept in {folder}"
+            if (state.finished or state.keeps_calibration) and not isinstance(error, DamagedInput):
+                samples = "the calibration samples and " if state.keeps_calibration else ""
+                kept = f"{samples}{state.finished} of {layers} blocks are kept in {folder}"
                 say(f"{kept}; the same command with --resume continues from there")
             else:
                 state.remove()
             raise
+
+
+def refuse_unfinished(folder: Path) -> None:
+    """Raise `BarberError` if a folder holds finished blocks of a run, which a new one would replace."""
+    if RunState.holds_blocks(folder):
+        raise BarberError(f"{folder} holds an unfinished run; --resume continues it, --overwrite starts over")

@@ -1,6 +1,7 @@
 """Finished blocks of an unfinished run, stored on disk so that the run can be resumed.
 
-FOLDER/identity.json identifies the run. FOLDER/0, FOLDER/1, ... are steps of an Orbax `CheckpointManager`: step N holds
+FOLDER/identity.json identifies the run; FOLDER/calibration holds its calibration samples if the model has written them
+itself. FOLDER/0, FOLDER/1, ... are steps of an Orbax `CheckpointManager`: step N holds
 block N only, in one safetensors file whose metadata hold the block's record and a checksum.
 """
 
@@ -14,11 +15,13 @@ import orbax.checkpoint as ocp
 
 from barber_jax.console.errors import BarberError
 from barber_jax.console.files import writing
-from barber_jax.run.block_file import READ_ERRORS, Block, BlockRestore, BlockSave
+from barber_jax.run.block_file import READ_ERRORS, Block, BlockHandler, BlockRestore, BlockSave
 from barber_jax.run.identity import IDENTITY, check_identity, delete_run, delete_tree, first_line, write_identity
 
 ITEM = "block"
 """Name of the Orbax item in each step."""
+CALIBRATION = "calibration"
+"""Folder of the calibration samples."""
 
 
 class RunState:
@@ -53,12 +56,13 @@ class RunState:
         self._manager = ocp.CheckpointManager(folder, options=options)
 
     @classmethod
-    def create(cls, folder: Path, identity: dict[str, Any]) -> "RunState":
+    def create(cls, folder: Path, identity: dict[str, Any], calibration: Block | None = None) -> "RunState":
         """Create an empty run state, replacing one that exists in the folder.
 
         Args:
             folder: created with its parents if it does not exist.
             identity: see `write_identity`.
+            calibration: calibration samples to keep, for `read_calibration`.
 
         Raises:
             BarberError: the folder holds something other than a run state, or cannot be written.
@@ -68,6 +72,9 @@ class RunState:
             folder.mkdir(parents=True)
             try:
                 write_identity(folder, identity)
+                if calibration is not None:
+                    (folder / CALIBRATION).mkdir()
+                    BlockHandler().save(folder / CALIBRATION, BlockSave(calibration))
                 return cls(folder)
             except BaseException:
                 # Also on Ctrl-C: the caller has no object yet on which to call `remove`.
@@ -99,6 +106,16 @@ class RunState:
     def holds_blocks(folder: Path) -> bool:
         """Whether the folder holds a run state with finished blocks."""
         return (folder / IDENTITY).is_file() and any(_is_step(path) for path in folder.iterdir())
+
+    @staticmethod
+    def read_calibration(folder: Path) -> Block:
+        """Read the calibration samples that the run under `folder` keeps. Raises one of `READ_ERRORS` if it cannot."""
+        return BlockHandler().restore(folder / CALIBRATION, BlockRestore())
+
+    @property
+    def keeps_calibration(self) -> bool:
+        """Whether the folder holds calibration samples."""
+        return (self.folder / CALIBRATION).is_dir()
 
     def commit(self, index: int, arrays: dict[str, np.ndarray], record: dict) -> None:
         """Store a finished block. When this returns, the block survives a crash of the process.
@@ -171,7 +188,7 @@ class RunState:
     def _delete_leftovers(self) -> None:
         """Delete the files of an interrupted commit."""
         for path in self.folder.iterdir():
-            if path.name != IDENTITY and not _is_step(path):
+            if path.name not in (IDENTITY, CALIBRATION) and not _is_step(path):
                 delete_tree(path)
 
 

@@ -10,6 +10,9 @@ from safetensors.numpy import load_file, save_file
 
 from barber_jax.console.errors import BarberError
 from barber_jax.console.progress import Progress
+from barber_jax.convert.checkpoint import open_checkpoint
+from barber_jax.forward.self_calibration import boundary_of
+from barber_jax.recovery import self_text
 from barber_jax.recovery.inputs import prepare
 from barber_jax.recovery.recover_config import RecoverConfig
 
@@ -40,6 +43,31 @@ def test_what_is_right_is_prepared(given):
             assert prepare(RecoverConfig(**{**given, **changes}), progress).config.steps == steps
 
 
+def test_text_that_the_teacher_writes(given, monkeypatch):
+    given["text"] = "self"
+
+    def prepared(**changes):
+        with Progress(silent=True) as progress:
+            return prepare(RecoverConfig(**{**given, **changes}), progress)
+
+    run = prepared()
+    # Two steps of 4 windows, and 4 held out; no window is there twice.
+    every = np.concatenate([list(run.text.windows), run.text.held_out])
+    assert every.shape == (12, 16) and (every[:, 0] == 1).all() and len(np.unique(every, axis=0)) == 12
+    (file,) = given["out"].with_name("out.text").iterdir()
+    wrote = self_text.write_samples
+    monkeypatch.setattr(self_text, "write_samples", None)
+    assert prepared().identity == run.identity
+    # What a pruned model may have been calibrated with is no text to judge it by.
+    monkeypatch.setattr(self_text, "write_samples", wrote)
+    calibration = [open_checkpoint(given["teacher"]), run.model, run.devices]
+    boundary = boundary_of(calibration[0], 97)
+    with Progress(silent=True) as progress:
+        drawn = wrote(*calibration, samples=12, length=16, seed=0, boundary=boundary, progress=progress)
+    assert not (drawn[:, None] == every).all(axis=2).any()
+    assert file.suffix == ".npy"
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -49,6 +77,8 @@ def test_what_is_right_is_prepared(given):
         ({"text": None}, "missing --text"),
         ({"text": ""}, "--text is empty"),
         ({"text": "c4", "steps": None}, "--text c4 has 156 billion tokens; give --tokens or --steps"),
+        ({"text": "self", "steps": None}, "--text self is as long as it is asked to be; give --tokens or --steps"),
+        ({"text": "self", "teacher": None}, "--text self is text that the teacher writes; give --teacher"),
         ({"ckpt": ""}, "--ckpt is empty"),
         ({"teacher": ""}, "--teacher is empty"),
         ({"teacher": None, "mix": 0.5}, "--mix 0.5 needs --teacher"),
