@@ -77,7 +77,7 @@ def check_tensors(checkpoint: Checkpoint, model: Model) -> None:
     # A head stored along with a tied embedding is a copy of it (`tied_head`).
     known = expected | ({HEAD} if model.tied_embedding else set())
     for name in sorted(present - known):
-        if not name.endswith(model.names.ignored):
+        if not name.endswith(model.names.ignored) and not name.startswith(model.names.carried):
             raise BarberError(
                 f"{checkpoint.location}: tensor {name} does not belong to the {model.model_type} model in config.json"
             )

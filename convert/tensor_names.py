@@ -33,7 +33,8 @@ def stored_names(names: Iterable[str], family: object, location: str) -> StoredN
 
     Prefixes of wrappers are removed. What was saved from the base model without its head, OPT's published checkpoints
     among them, gets its prefix `model.` back (OPT's decoder alone `model.decoder.`). `X_orig` and `X_mask`, as left by
-    torch.nn.utils.prune, are the tensor X and its mask.
+    torch.nn.utils.prune, are the tensor X and its mask. A Gemma 3 with a vision tower has the names under which every
+    version of transformers saves it, whatever the modules were called in memory.
 
     Args:
         names: stored names.
@@ -77,8 +78,20 @@ def _full_names(names: list[str], family: object, location: str) -> dict[str, st
             f"{location}: tensor {adapter} belongs to a PEFT adapter that is not merged; "
             "save the model again after merge_and_unload()"
         )
+    if family == "gemma3":
+        return {stored: _gemma3(name) for stored, name in full.items()}
     if any(name.startswith("model.") for name in full.values()):
         return full
     decoder_alone = family == "opt" and not any(name.startswith("decoder.") for name in full.values())
     prefix = "model.decoder." if decoder_alone else "model."
     return {stored: name if name.startswith("lm_head.") else prefix + name for stored, name in full.items()}
+
+
+def _gemma3(name: str) -> str:
+    """The name under which transformers saves a tensor of a Gemma 3 with a vision tower."""
+    # As modules have been called since transformers 4.52.
+    for inner, saved in (("model.language_model.", "language_model.model."), ("model.", "")):
+        if name.startswith(inner):
+            return saved + name.removeprefix(inner)
+    # A head beside the tied embedding is a copy of it, wherever it stands.
+    return name.removeprefix("language_model.") if name.startswith("language_model.lm_head.") else name

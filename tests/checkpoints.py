@@ -28,7 +28,12 @@ LLAMA3 = {
 """Rotary settings of Llama 3."""
 """LLaMA's and its relatives' sizes."""
 
+GEMMA = {**BASE, "head_dim": 12, "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
+"""Gemma's sizes: one block of each kind."""
+
 FAMILIES = {
+    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", GEMMA),
+    "gemma3_text": ("Gemma3TextConfig", "Gemma3ForCausalLM", GEMMA),
     "llama": ("LlamaConfig", "LlamaForCausalLM", BASE),
     "mistral": ("MistralConfig", "MistralForCausalLM", BASE),
     "opt": ("OPTConfig", "OPTForCausalLM", dict(**COMMON, ffn_dim=48)),

@@ -25,7 +25,7 @@ from barber_jax.devices.mesh import Devices
 from barber_jax.forward import dense, passes
 from barber_jax.forward.passes import Parameters
 from barber_jax.forward.streams import Stream
-from barber_jax.models.decoder import SubBlock
+from barber_jax.models.decoder import BlockDefinition, SubBlock
 from barber_jax.models.family import Model
 from barber_jax.models.sharding import constrain
 
@@ -98,9 +98,9 @@ def outlier_ratios(
         offload: keep activations in host memory, with one micro-batch at a time on the device.
         phase: advanced after each block, if given.
     """
-    block, ratios = model.block(), []
+    ratios = []
 
-    def visit(parameters: Parameters, stream: Stream) -> None:
+    def visit(block: BlockDefinition, parameters: Parameters, stream: Stream) -> None:
         interrupt.check()
         squares: dict[str, jax.Array] = {}
         for chunk in stream:

@@ -127,7 +127,7 @@ class CriterionStart:
     ):
         self._selection = selection
         self._criterion, self._model, self._samples, self._pattern = criterion, model, samples, pattern
-        self._say, self._block = say, model.block()
+        self._say, self._blocks = say, model.blocks()
         self.needs_stream = criterion.statistic is not None
         self.sparsities: Sequence[float] = [pattern.sparsity] * model.layers
 
@@ -155,7 +155,7 @@ class CriterionStart:
         """Kernel path -> prepared statistic of its input; None where the criterion uses the weights alone."""
         criterion, statistics = self._criterion, {}
         for chunk in stream or ():
-            of_chunk = passes.statistics(self._block, criterion.statistic, dense, chunk)
+            of_chunk = passes.statistics(self._blocks[index], criterion.statistic, dense, chunk)
             statistics = jax.tree.map(jnp.add, statistics, of_chunk) if statistics else of_chunk
         if not all(bool(jnp.isfinite(statistic).all()) for statistic in jax.tree.leaves(statistics)):
             where = f"block {index}: the inputs of its linears are not finite"

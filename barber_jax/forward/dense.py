@@ -11,6 +11,7 @@ from barber_jax.convert.parameters import read_parameters
 from barber_jax.devices.mesh import Devices
 from barber_jax.forward import passes
 from barber_jax.forward.streams import Stream
+from barber_jax.models.decoder import BlockDefinition
 from barber_jax.models.family import Model
 from barber_jax.models.sharding import DATA
 
@@ -30,7 +31,7 @@ def final_hidden(
     ids: np.ndarray,
     devices: Devices,
     offload: bool = False,
-    visit: Callable[[passes.Parameters, Stream], None] = lambda parameters, stream: None,
+    visit: Callable[[BlockDefinition, passes.Parameters, Stream], None] = lambda block, parameters, stream: None,
     phase: Phase | None = None,
 ) -> Stream:
     """Run all blocks of a checkpoint and return the hidden states after the last one.
@@ -38,7 +39,7 @@ def final_hidden(
     Args:
         ids: int32 [M, B, L] token ids, M micro-batches of B sequences.
         offload: keep activations in host memory, with one micro-batch at a time on the device.
-        visit: called before each block with the block's parameters and its input stream.
+        visit: called before each block with the block, its parameters and its input stream.
         phase: advanced after each block, if given.
 
     Returns:
@@ -48,7 +49,7 @@ def final_hidden(
     # With offloading, embed one micro-batch at a time: all of them might not fit on the device.
     chunks = np.split(ids, len(ids)) if offload else [ids]
     embedded = (passes.embed(model.embed(), embedding, devices.put(chunk, None, DATA)) for chunk in chunks)
-    stream, block = Stream(embedded, offload), model.block()
+    stream, blocks = Stream(embedded, offload), model.blocks()
     for index in range(model.layers):
         # Read from disk while the devices still compute the previous block, but copy only after that: the devices
         # hold one block at a time.
@@ -57,7 +58,8 @@ def final_hidden(
         if phase and index:
             phase.advance()
         parameters = devices.put_block(model.sub_blocks, read)
-        visit(parameters, stream)
+        block = blocks[index]
+        visit(block, parameters, stream)
         propagated = (passes.propagate(block, parameters, {}, chunk) for chunk in stream.take())
         stream = Stream(propagated, offload)
     stream.ready()

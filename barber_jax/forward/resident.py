@@ -1,6 +1,7 @@
 """A whole model in device memory: log-likelihoods of tokens and generation.
 
-The blocks' parameters are stacked, [blocks, ...], and scanned over, so that only one block is compiled at any depth.
+The blocks' parameters are stacked, [blocks, ...], and scanned over, so that only one block of each kind is compiled at
+any depth.
 On a mesh, sequences are sharded over `data` and the blocks' linears over `model`.
 """
 
@@ -18,7 +19,7 @@ from barber_jax.devices.mesh import Devices
 from barber_jax.forward import generation
 from barber_jax.forward.generation import KVCache, Network, RunBlock, Sampling
 from barber_jax.forward.passes import Parameters
-from barber_jax.models.decoder import BlockDefinition, Definition
+from barber_jax.models.decoder import BlockDefinition, BlockStack, Definition
 from barber_jax.models.family import Model
 from barber_jax.models.sharding import DATA, constrain, parameter_axes
 
@@ -36,16 +37,16 @@ def stacked_blocks(checkpoint: Checkpoint, model: Model, devices: Devices) -> Pa
     }
 
 
-@partial(jax.jit, static_argnames=("embed", "block"))
+@partial(jax.jit, static_argnames=("embed", "blocks"))
 def _hidden_states(
-    embed: Definition, block: BlockDefinition, embed_parameters: Parameters, blocks: Parameters, ids: jax.Array
+    embed: Definition, blocks: BlockStack, embed_parameters: Parameters, stacked: Parameters, ids: jax.Array
 ) -> jax.Array:
     """Hidden states after the last block, [B, L, D], of token ids int32 [B, L]."""
 
-    def step(hidden: jax.Array, layer: Parameters) -> tuple[jax.Array, None]:
+    def step(block: BlockDefinition, hidden: jax.Array, layer: Parameters) -> tuple[jax.Array, None]:
         return constrain(block.run(layer, hidden), DATA), None
 
-    return lax.scan(step, constrain(embed.bind(embed_parameters)(ids), DATA), blocks)[0]
+    return blocks.scan(step, constrain(embed.bind(embed_parameters)(ids), DATA), stacked)[0]
 
 
 @partial(jax.jit, static_argnames="head")
@@ -80,15 +81,17 @@ def _log_likelihoods(
 
 
 def _network(
-    embed: Definition, block: BlockDefinition, head: Definition, parameters: tuple[Parameters, Parameters, Parameters]
+    embed: Definition, blocks: BlockStack, head: Definition, parameters: tuple[Parameters, Parameters, Parameters]
 ) -> Network:
     """The model for generation, with the parameters of the embeddings, of the stacked blocks and of the head."""
 
     def run_blocks(hidden: jax.Array, each: RunBlock, caches: KVCache | None) -> tuple[jax.Array, KVCache]:
-        def step(hidden: jax.Array, layer: tuple[Parameters, KVCache | None]) -> tuple[jax.Array, KVCache]:
+        def step(
+            block: BlockDefinition, hidden: jax.Array, layer: tuple[Parameters, KVCache | None]
+        ) -> tuple[jax.Array, KVCache]:
             return each(partial(block.run, layer[0]), hidden, layer[1])
 
-        return lax.scan(step, hidden, (parameters[1], caches))
+        return blocks.scan(step, hidden, (parameters[1], caches))
 
     return Network(embed.bind(parameters[0]), run_blocks, head.bind(parameters[2]))
 
@@ -120,7 +123,7 @@ class ResidentModel:
             return {path: devices.put(value) for path, value in read_parameters(checkpoint, names).items()}
 
         self._devices = devices
-        self._definitions = (model.embed(), model.block(), model.head())
+        self._definitions = (model.embed(), model.blocks(), model.head())
         self._parameters = (put(model.names.embed), stacked_blocks(checkpoint, model, devices), put(model.names.head))
 
     def log_likelihoods(
@@ -135,15 +138,15 @@ class ResidentModel:
         Returns:
             Natural log-probabilities, float32 [N], and whether each token is the most likely one, bool [N].
         """
-        embed, block, head = self._definitions
-        embed_parameters, blocks, head_parameters = self._parameters
+        embed, blocks, head = self._definitions
+        embed_parameters, stacked, head_parameters = self._parameters
         count = len(rows)
         # Pad to a power of two, or to whole steps of the head, so that only a few shapes are compiled.
         steps = -(-count // HEAD_POSITIONS)
         size = 1 << max(4, (count - 1).bit_length()) if count < HEAD_POSITIONS else steps * HEAD_POSITIONS
         padded = [np.pad(np.asarray(values, np.int32), (0, size - count)) for values in (rows, positions, targets)]
         with self._devices.context():
-            hidden = _hidden_states(embed, block, embed_parameters, blocks, self._devices.put(ids, DATA))
+            hidden = _hidden_states(embed, blocks, embed_parameters, stacked, self._devices.put(ids, DATA))
             log_probabilities, greedy = _log_likelihoods(head, head_parameters, hidden, *map(self._devices.put, padded))
         return np.asarray(log_probabilities)[:count], np.asarray(greedy)[:count]
 

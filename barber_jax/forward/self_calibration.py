@@ -24,7 +24,7 @@ from barber_jax.forward.dense import read_replicated
 from barber_jax.forward.generation import Sampling, choose, extended
 from barber_jax.forward.passes import Parameters
 from barber_jax.models.attention import BlockKVCache
-from barber_jax.models.decoder import BlockDefinition, Definition
+from barber_jax.models.decoder import BlockDefinition, BlockStack, Definition
 from barber_jax.models.family import Model
 from barber_jax.models.sharding import DATA, MODEL, constrain, model_axis_size
 
@@ -108,13 +108,13 @@ class Writer:
 
     Attributes:
         devices: the devices that hold it.
-        definitions: of the embeddings, a block and the head.
+        definitions: of the embeddings, the blocks and the head.
         embed, head: their parameters.
         blocks: parameters of each block.
     """
 
     devices: Devices
-    definitions: tuple[Definition, BlockDefinition, Definition]
+    definitions: tuple[Definition, BlockStack, Definition]
     embed: Parameters
     blocks: list[Parameters]
     head: Parameters
@@ -127,7 +127,7 @@ class Writer:
             for index in range(model.layers)
         ]
         embed, head = (read_replicated(checkpoint, names, devices) for names in (model.names.embed, model.names.head))
-        return cls(devices, (model.embed(), model.block(), model.head()), embed, blocks, head)
+        return cls(devices, (model.embed(), model.blocks(), model.head()), embed, blocks, head)
 
 
 @partial(jax.jit, static_argnames=("boundary", "vocabulary"))
@@ -252,7 +252,7 @@ def batch_size(samples: int, length: int, data: int, bytes_per_token: int) -> in
 
 def _cache_shapes(writer: Writer, model: Model) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of a block's keys and values of one token."""
-    definition = writer.definitions[1]
+    definition = writer.definitions[1][0]
 
     def one(parameters: Parameters, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         cache = BlockKVCache()
@@ -277,7 +277,7 @@ def _write(
     report: Callable[[int], None],
 ) -> jax.Array:
     """Write one batch of sequences, int32 [B, length]."""
-    embed, block, head = writer.definitions
+    embed, blocks, head = writer.definitions
     batch, capacity = len(sampling.rows), min(FIRST_CAPACITY, length)
     caches = [_empty(batch, capacity, state) for _ in writer.blocks]
     token = _begin(boundary, model.vocabulary, sampling)
@@ -288,7 +288,7 @@ def _write(
             caches, capacity = _extended(caches, more), capacity + more
         hidden = _embed(embed, writer.embed, token, position)
         for index, parameters in enumerate(writer.blocks):
-            hidden, *cache = _block(block, parameters, hidden, position, *caches[index])
+            hidden, *cache = _block(blocks[index], parameters, hidden, position, *caches[index])
             caches[index] = tuple(cache)
         token, position = _next(head, boundary, writer.head, hidden, token, position, sampling)
         tokens.append(token)

@@ -4,7 +4,7 @@ May import: console.
 
 | module | what it holds |
 |---|---|
-| `llama`, `mistral`, `qwen`, `opt` | one family each |
+| `llama`, `mistral`, `qwen`, `gemma`, `opt` | one family each |
 | `decoder`, `rope` | shared by all families: block interface, rotary embedding |
 | `attention` | shared by all families: attention, by platform |
 | `family` | `Model`, the description of an architecture for the rest of the program; reading of config.json |
@@ -13,10 +13,13 @@ May import: console.
 """
 
 from barber_jax.console.errors import BarberError
-from barber_jax.models import llama, mistral, opt, qwen
+from barber_jax.models import gemma, llama, mistral, opt, qwen
 from barber_jax.models.family import Model
 
 FAMILIES = {
+    "gemma2": (gemma.build_gemma2, "Gemma2ForCausalLM"),
+    "gemma3": (gemma.build_gemma3, "Gemma3ForConditionalGeneration"),
+    "gemma3_text": (gemma.build_gemma3_text, "Gemma3ForCausalLM"),
     "llama": (llama.build, "LlamaForCausalLM"),
     "mistral": (mistral.build, "MistralForCausalLM"),
     "opt": (opt.build, "OPTForCausalLM"),

@@ -5,7 +5,7 @@ Axis letters: S samples, L tokens, H heads, K key-value heads, G = H / K, E head
 | platform | what is used |
 |---|---|
 | CPU | chunks of queries, each against the keys that it can see alone: half the work, and scores that fit its caches |
-| GPU, bfloat16 | cuDNN's fused attention |
+| GPU, bfloat16 | cuDNN's fused attention; with heads up to 128 and scores without a bound |
 | otherwise | equal chunks of queries against all keys, in a loop: a small program, no scores kept for the gradient |
 """
 
@@ -46,7 +46,13 @@ class BlockKVCache:
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, window: int | None = None, cache: BlockKVCache | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    scale: float,
+    window: int | None = None,
+    cache: BlockKVCache | None = None,
+    cap: float | None = None,
 ) -> jax.Array:
     """Causal scaled dot-product attention with a float32 softmax.
 
@@ -54,6 +60,7 @@ def attend(
         q: [S, L, H, E]. k, v: [S, L, K, E], H a multiple of K.
         scale: factor on the scores.
         window: number of latest positions that a query sees, including its own; None for all.
+        cap: bound of the scores: each becomes cap tanh(score / cap); None for none.
         cache: stores k and v; during generation (L = 1), the query also sees the earlier positions in it.
 
     Returns:
@@ -62,13 +69,13 @@ def attend(
     if cache is not None:
         cache.update(k, v)
         if cache.position is not None:
-            return _attend_to_cache(q, cache, scale, window)
+            return _attend_to_cache(q, cache, scale, window, cap)
     platform = jax.default_backend()
     if platform == "cpu":
-        return attend_in_spans(q, k, v, scale, window)
-    if platform == "gpu" and q.dtype == jnp.bfloat16 and fits_cudnn(q.shape[-1]):
+        return attend_in_spans(q, k, v, scale, window, cap)
+    if platform == "gpu" and q.dtype == jnp.bfloat16 and fits_cudnn(q.shape[-1]) and cap is None:
         return attend_with_cudnn(q, k, v, scale, window)
-    return attend_in_loop(q, k, v, scale, window)
+    return attend_in_loop(q, k, v, scale, window, cap)
 
 
 def fits_cudnn(size: int) -> bool:
@@ -86,7 +93,9 @@ def attend_with_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, wi
     return mixed.reshape(*q.shape[:2], -1)
 
 
-def attend_in_spans(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, window: int | None = None) -> jax.Array:
+def attend_in_spans(
+    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, window: int | None = None, cap: float | None = None
+) -> jax.Array:
     """`attend` by chunks of queries, each against only the span of keys that it can see."""
     length = q.shape[1]
     q, k, v = _heads_first(q, k, v)
@@ -96,12 +105,14 @@ def attend_in_spans(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, wind
         last = min(first + chunk, length)
         oldest = 0 if window is None else max(0, first - window + 1)
         span = slice(oldest, last)
-        arguments = (q[..., first:last, :], k[:, :, span], v[:, :, span], first - oldest, scale, window)
+        arguments = (q[..., first:last, :], k[:, :, span], v[:, :, span], first - oldest, scale, window, cap)
         parts.append(_attend_chunk(*arguments))
     return _heads_last(jnp.concatenate(parts, axis=3))
 
 
-def attend_in_loop(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, window: int | None = None) -> jax.Array:
+def attend_in_loop(
+    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, window: int | None = None, cap: float | None = None
+) -> jax.Array:
     """`attend` by chunks of queries of one size, each against all keys; the gradient computes the scores again."""
     length = q.shape[1]
     q, k, v = _heads_first(q, k, v)
@@ -113,7 +124,7 @@ def attend_in_loop(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, windo
 
     @jax.checkpoint
     def one(given: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return _attend_chunk(given[0], k, v, given[1], scale, window)
+        return _attend_chunk(given[0], k, v, given[1], scale, window, cap)
 
     mixed = jnp.moveaxis(lax.map(one, (queries, chunk * jnp.arange(chunks))), 0, 3)
     return _heads_last(mixed.reshape(*q.shape)[..., :length, :])
@@ -134,7 +145,13 @@ def _heads_last(mixed: jax.Array) -> jax.Array:
 
 
 def _attend_chunk(
-    q: jax.Array, k: jax.Array, v: jax.Array, first: int | jax.Array, scale: float, window: int | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    first: int | jax.Array,
+    scale: float,
+    window: int | None,
+    cap: float | None,
 ) -> jax.Array:
     """Attention of Q consecutive queries to T positions: q [S, K, G, Q, E], k and v [S, K, T, E] -> [S, K, G, Q, E].
 
@@ -146,7 +163,7 @@ def _attend_chunk(
     batched = ((0, 1), (0, 1))
     rows = q.reshape(samples, groups, shared * queries, size)
     scores = lax.dot_general(rows, k, (((3,), (3,)), batched), preferred_element_type=jnp.float32) * scale
-    scores = scores.reshape(samples, groups, shared, queries, keys)
+    scores = _capped(scores, cap).reshape(samples, groups, shared, queries, keys)
     distance = (first + jnp.arange(queries))[:, None] - jnp.arange(keys)[None, :]
     visible = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
     # Not minus infinity: a query that the loop pads with may see no key, and the gradient must not become NaN there.
@@ -156,7 +173,13 @@ def _attend_chunk(
     return mixed.reshape(q.shape)
 
 
-def _attend_to_cache(q: jax.Array, cache: BlockKVCache, scale: float, window: int | None) -> jax.Array:
+def _capped(scores: jax.Array, cap: float | None) -> jax.Array:
+    return scores if cap is None else jnp.tanh(scores / cap) * cap
+
+
+def _attend_to_cache(
+    q: jax.Array, cache: BlockKVCache, scale: float, window: int | None, cap: float | None
+) -> jax.Array:
     """Attention of one new token per sequence, q [S, 1, H, E], to all positions in the cache -> [S, 1, H * E]."""
     samples, _, heads, size = q.shape
     keys, values = cache.keys, cache.values
@@ -166,6 +189,6 @@ def _attend_to_cache(q: jax.Array, cache: BlockKVCache, scale: float, window: in
     scores = jnp.sum(grouped[..., None] * keys[:, :, None], axis=3) * scale
     distance = cache.position[:, None, None, None] - jnp.arange(keys.shape[3])
     visible = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+    weights = jax.nn.softmax(jnp.where(visible, _capped(scores, cap), -jnp.inf), axis=-1)
     mixed = jnp.sum(weights[..., None] * values[:, :, None], axis=3).astype(q.dtype)
     return mixed.reshape(samples, 1, heads * size)

@@ -3,13 +3,15 @@
 Axis letters: S samples, L tokens, D hidden, F intermediate, H heads, K key-value heads, E head size.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from barber_jax.models.attention import BlockKVCache
 
@@ -20,9 +22,9 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
 }
 
 
@@ -34,12 +36,12 @@ class SubBlock:
         name: the Flax submodule, `self_attn` or `mlp`.
         linears: (linear, input) pairs in the order of their flat indices in a `block` comparison group. `linear` is
             the path of the Flax module inside the block; linears that read the same activation share `input`.
-        norm: name of the norm in the block that only this sub-block uses; empty if there is none.
+        norms: names of the norms in the block that only this sub-block uses, before it and behind it.
     """
 
     name: str
     linears: tuple[tuple[str, str], ...]
-    norm: str = ""
+    norms: tuple[str, ...] = ()
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -59,7 +61,8 @@ class Block(nnx.Module):
     """A decoder block that can be run one sub-block at a time.
 
     For a sub-block f and the hidden state h before it: x = enter(h) is the input of f, y = apply(x) its output, and
-    leave(h, y) the hidden state after it. Pre-norm families normalise in `enter`, post-norm families in `leave`.
+    leave(h, y) the hidden state after it. Pre-norm families normalise in `enter`, post-norm families in `leave`. A norm
+    of what is added to the hidden state is part of f: it belongs in `apply`.
     """
 
     def enter(self, sub: str, hidden: jax.Array) -> jax.Array:
@@ -119,7 +122,7 @@ class BlockDefinition(Definition):
 
     def paths(self, sub: SubBlock) -> tuple[str, ...]:
         """Paths of all parameters of a sub-block: its kernels, then its biases and norm."""
-        own = (f"{sub.name}.", *([f"{sub.norm}."] if sub.norm else []))
+        own = (f"{sub.name}.", *(f"{norm}." for norm in sub.norms))
         rest = [path for path, _ in self.shapes if path.startswith(own) and path not in sub.kernels]
         return (*sub.kernels, *rest)
 
@@ -132,6 +135,38 @@ class BlockDefinition(Definition):
     ) -> jax.Array:
         """Run the whole block: [S, L, D] hidden state -> [S, L, D]."""
         return self.bind(parameters).run(self.sub_blocks, hidden, tap, cache)
+
+
+@dataclass(frozen=True)
+class BlockStack:
+    """The blocks of a model without their parameters, for a scan over those, stacked: [N, ...], N blocks.
+
+    Attributes:
+        definitions: the distinct ones: one for each kind of block.
+        kinds: index of each block's definition.
+    """
+
+    definitions: tuple[BlockDefinition, ...]
+    kinds: tuple[int, ...]
+
+    def __getitem__(self, index: int) -> BlockDefinition:
+        """The definition of a block."""
+        return self.definitions[self.kinds[index]]
+
+    def scan(self, step: Callable[..., tuple[Any, Any]], carry: Any, each: Any) -> tuple[Any, Any]:
+        """`lax.scan` of step(definition, carry, x) -> (carry, y) over the blocks. Each kind is compiled once.
+
+        Args:
+            each: pytree of what `step` gets as x, stacked: [N, ...].
+        """
+        if len(self.definitions) == 1:
+            return lax.scan(partial(step, self.definitions[0]), carry, each)
+        branches = [partial(step, definition) for definition in self.definitions]
+
+        def of_kind(carry: Any, given: tuple[jax.Array, Any]) -> tuple[Any, Any]:
+            return lax.switch(given[0], branches, carry, given[1])
+
+        return lax.scan(of_kind, carry, (jnp.asarray(self.kinds, jnp.int32), each))
 
 
 def define(make: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, tuple[tuple[str, tuple[int, ...]], ...]]:

@@ -7,7 +7,17 @@ from typing import Any
 from flax import nnx
 
 from barber_jax.console.errors import BarberError
-from barber_jax.models.decoder import ACTIVATIONS, Block, BlockDefinition, Decoder, Definition, Head, SubBlock, define
+from barber_jax.models.decoder import (
+    ACTIVATIONS,
+    Block,
+    BlockDefinition,
+    BlockStack,
+    Decoder,
+    Definition,
+    Head,
+    SubBlock,
+    define,
+)
 from barber_jax.models.numbers import positive
 
 MAX_SIZE = 2**31 - 1
@@ -19,13 +29,15 @@ class Names:
     """Name table: Flax parameter path -> Hugging Face tensor name.
 
     A Flax `kernel` is [in, out] and its tensor [out, in]; all other parameters have the tensor's shape. Names in
-    `block` contain `{i}` for the block's index. `ignored` are name suffixes of tensors that are not parameters.
+    `block` contain `{i}` for the block's index. `ignored` are name suffixes of tensors that are not parameters;
+    `carried` are name prefixes of those of other parts of the checkpoint, which are only copied.
     """
 
     embed: dict[str, str]
     block: dict[str, str]
     head: dict[str, str]
     ignored: tuple[str, ...] = ()
+    carried: tuple[str, ...] = ()
 
     def of_block(self, index: int) -> dict[str, str]:
         """The name table of block `index`."""
@@ -41,7 +53,9 @@ class Model:
         sub_blocks: in execution order.
         names: name table of exactly the parameters that this configuration has.
         tied_embedding: whether the head's kernel is the token embedding.
-        make_*: build the Flax modules.
+        make_*: build the Flax modules; `make_block` that of a block of the given kind.
+        kind: index of a block -> its kind. Blocks of several kinds have parameters of the same names and shapes, but
+            compute differently.
     """
 
     model_type: str
@@ -53,16 +67,26 @@ class Model:
     names: Names
     tied_embedding: bool
     make_embed: Callable[[nnx.Rngs], nnx.Module]
-    make_block: Callable[[nnx.Rngs], Block]
+    make_block: Callable[[nnx.Rngs, str], Block]
     make_head: Callable[[nnx.Rngs], Head]
+    kind: Callable[[int], str] = lambda index: ""
 
     def embed(self) -> Definition:
         """Embedding, token ids [S, L] (with L = 1 also their positions, int32 [S]) -> hidden [S, L, D]."""
         return Definition(*define(lambda: self.make_embed(nnx.Rngs(0))))
 
-    def block(self) -> BlockDefinition:
-        """Decoder block, hidden [S, L, D] -> hidden [S, L, D]; the same definition for every block."""
-        return BlockDefinition(*define(lambda: self.make_block(nnx.Rngs(0))), self.sub_blocks)
+    def block(self, index: int = 0) -> BlockDefinition:
+        """A decoder block, hidden [S, L, D] -> hidden [S, L, D]; equal for all blocks of one kind."""
+        return self._define(self.kind(index))
+
+    def blocks(self) -> BlockStack:
+        """All decoder blocks."""
+        kinds = [self.kind(index) for index in range(self.layers)]
+        distinct = list(dict.fromkeys(kinds))
+        return BlockStack(tuple(map(self._define, distinct)), tuple(map(distinct.index, kinds)))
+
+    def _define(self, kind: str) -> BlockDefinition:
+        return BlockDefinition(*define(lambda: self.make_block(nnx.Rngs(0), kind)), self.sub_blocks)
 
     def head(self) -> Definition:
         """Head, hidden [S, L, D] -> logits [S, L, vocabulary]."""
@@ -70,7 +94,7 @@ class Model:
 
     def decoder(self, rngs: nnx.Rngs) -> Decoder:
         """Build the whole model as one Flax module; if it is tied, its head has no parameter of its own."""
-        blocks = [self.make_block(rngs) for _ in range(self.layers)]
+        blocks = [self.make_block(rngs, self.kind(index)) for index in range(self.layers)]
         parts = (self.make_embed(rngs), blocks, self.make_head(rngs))
         return Decoder(*parts, self.sub_blocks, self.positions, self.tied_embedding)
 

@@ -22,12 +22,12 @@ SUB_BLOCKS = (
             ("self_attn.v_proj", "self_attn.in"),
             ("self_attn.o_proj", "self_attn.mid"),
         ),
-        "input_layernorm",
+        ("input_layernorm",),
     ),
     SubBlock(
         "mlp",
         (("mlp.gate_proj", "mlp.in"), ("mlp.up_proj", "mlp.in"), ("mlp.down_proj", "mlp.mid")),
-        "post_attention_layernorm",
+        ("post_attention_layernorm",),
     ),
 )
 
@@ -200,6 +200,6 @@ def model(model_type: str, config: LlamaConfig, dtype) -> Model:
         names=names(config),
         tied_embedding=config.tied,
         make_embed=lambda rngs: LlamaEmbed(config, dtype, rngs),
-        make_block=lambda rngs: LlamaBlock(config, dtype, rngs),
+        make_block=lambda rngs, _: LlamaBlock(config, dtype, rngs),
         make_head=lambda rngs: LlamaHead(config, dtype, rngs),
     )

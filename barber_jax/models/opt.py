@@ -24,9 +24,9 @@ SUB_BLOCKS = (
             ("self_attn.v_proj", "self_attn.in"),
             ("self_attn.out_proj", "self_attn.mid"),
         ),
-        "self_attn_layer_norm",
+        ("self_attn_layer_norm",),
     ),
-    SubBlock("mlp", (("mlp.fc1", "mlp.in"), ("mlp.fc2", "mlp.mid")), "final_layer_norm"),
+    SubBlock("mlp", (("mlp.fc1", "mlp.in"), ("mlp.fc2", "mlp.mid")), ("final_layer_norm",)),
 )
 
 POSITION_OFFSET = 2
@@ -231,6 +231,6 @@ def build(raw: dict, dtype) -> Model:
         names=names(config),
         tied_embedding=config.tied,
         make_embed=lambda rngs: OPTEmbed(config, dtype, rngs),
-        make_block=lambda rngs: OPTBlock(config, dtype, rngs),
+        make_block=lambda rngs, _: OPTBlock(config, dtype, rngs),
         make_head=lambda rngs: OPTHead(config, dtype, rngs),
     )

@@ -14,13 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from barber_jax.convert.checkpoint import Checkpoint
 from barber_jax.convert.parameters import read_parameters, read_stacked
 from barber_jax.devices.mesh import Devices
 from barber_jax.forward.passes import Parameters
-from barber_jax.models.decoder import BlockDefinition, Definition
+from barber_jax.models.decoder import BlockDefinition, BlockStack, Definition
 from barber_jax.models.family import Model
 from barber_jax.models.sharding import DATA, MODEL, constrain
 from barber_jax.recovery import lora
@@ -37,13 +36,13 @@ class Program:
     """A model without its parameters; hashable, so that it can be a static argument of jitted functions.
 
     Attributes:
-        embed, block, head: definitions of the parts.
+        embed, blocks, head: definitions of the parts.
         tied: path of the head's kernel where it is the token embedding transposed, and that embedding's path.
         remat: whether a block's activations are computed again for the gradient instead of being kept.
     """
 
     embed: Definition
-    block: BlockDefinition
+    blocks: BlockStack
     head: Definition
     tied: tuple[str, str] | None
     remat: bool = True
@@ -53,12 +52,12 @@ class Program:
         """The program of a model."""
         embedding = {name: path for path, name in model.names.embed.items()}
         shared = [(path, embedding[name]) for path, name in model.names.head.items() if name in embedding]
-        return cls(model.embed(), model.block(), model.head(), shared[0] if shared else None, remat)
+        return cls(model.embed(), model.blocks(), model.head(), shared[0] if shared else None, remat)
 
     @property
     def kernels(self) -> tuple[str, ...]:
         """Names of the prunable kernels."""
-        return tuple(f"{BLOCKS}{path}" for sub in self.block.sub_blocks for path in sub.kernels)
+        return tuple(f"{BLOCKS}{path}" for sub in self.blocks[0].sub_blocks for path in sub.kernels)
 
     def head_names(self, names: Iterable[str]) -> list[str]:
         """Those of some parameters' names that the head uses."""
@@ -73,14 +72,16 @@ class Program:
             masks: of the kernels that have low-rank factors; {} where there are none.
         """
 
-        def step(hidden: jax.Array, layer: tuple[Parameters, Parameters]) -> tuple[jax.Array, None]:
+        def step(
+            block: BlockDefinition, hidden: jax.Array, layer: tuple[Parameters, Parameters]
+        ) -> tuple[jax.Array, None]:
             whole, kept = ({path: constrain(value) for path, value in part.items()} for part in layer)
-            return constrain(self.block.run(lora.merge(whole, kept), hidden), ALL), None
+            return constrain(block.run(lora.merge(whole, kept), hidden), ALL), None
 
         if self.remat:
-            step = jax.checkpoint(step, prevent_cse=False)
+            step = jax.checkpoint(step, prevent_cse=False, static_argnums=0)
         hidden = constrain(self.embed.bind(part(parameters, EMBED))(ids), ALL)
-        return lax.scan(step, hidden, (part(parameters, BLOCKS), part(masks, BLOCKS)))[0]
+        return self.blocks.scan(step, hidden, (part(parameters, BLOCKS), part(masks, BLOCKS)))[0]
 
     def logits(self, parameters: Parameters, hidden: jax.Array) -> jax.Array:
         """Logits of hidden states [B, L, D] after the last block: float32 [B, L, vocabulary].

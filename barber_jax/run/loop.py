@@ -88,14 +88,16 @@ class Pruning:
     selection: Selection = "count"
 
     def __post_init__(self):
-        self._block = self.model.block()
-        self._shapes = dict(self._block.shapes)
+        self._blocks = self.model.blocks()
+        self._shapes = dict(self._blocks[0].shapes)
         self._runs_stages = bool(enabled_stages(self.options))
         samples, data_parallel = 0 if self.ids is None else len(self.ids), self.devices.shape[0]
         self._held_out = held_out_samples(self.options, samples, data_parallel)
-        self._stages = SubBlockStages(
-            self._block, self.options, samples - self._held_out, data_parallel, self.selection
-        )
+        learned = samples - self._held_out
+        self._stages_of_kind = [
+            SubBlockStages(definition, self.options, learned, data_parallel, self.selection)
+            for definition in self._blocks.definitions
+        ]
         self._names = [self.model.kernel_names(index) for index in range(self.model.layers)]
 
     def __iter__(self) -> Iterator[BlockResult]:
@@ -141,6 +143,9 @@ class Pruning:
             held_out if self.offload else min(held_out, 1),
         )
 
+    def _stages(self, index: int) -> SubBlockStages:
+        return self._stages_of_kind[self._blocks.kinds[index]]
+
     def _read(self, index: int) -> dict[str, np.ndarray]:
         return read_parameters(self.checkpoint, self.model.names.of_block(index))
 
@@ -155,8 +160,9 @@ class Pruning:
             masks, weights = {}, {}
             for sub in self.model.sub_blocks:
                 sub_masks = {path: start_masks[path] for path in sub.kernels}
-                sub_weights = {path: start_weights[path] for path in self._block.paths(sub) if path in start_weights}
-                work = self._stages(sub, dense, sub_weights, sub_masks, streams, watch)
+                paths = self._blocks[index].paths(sub)
+                sub_weights = {path: start_weights[path] for path in paths if path in start_weights}
+                work = self._stages(index)(sub, dense, sub_weights, sub_masks, streams, watch)
                 masks |= work.masks
                 weights |= work.updated
                 self._check_fit(index, work.updated)
@@ -202,9 +208,9 @@ class Pruning:
         for sub in sub_blocks:
             if streams.dense is not None:
                 with watch.stage(f"{sub.name} target"):
-                    self._stages.advance_dense(sub, dense, streams)
+                    self._stages(index).advance_dense(sub, dense, streams)
             with watch.stage(f"{sub.name} propagate"):
-                self._stages.advance(sub, weights, masks, None, streams)
+                self._stages(index).advance(sub, weights, masks, None, streams)
 
     def _propagate(
         self, index: int, weights: Parameters, masks: BlockMasks, streams: Streams, watch: Stopwatch
@@ -217,7 +223,8 @@ class Pruning:
             streams.start = None
             return
         with watch.stage("propagate"):
-            chunks = (passes.propagate(self._block, weights, masks, chunk) for chunk in streams.start.take())
+            block = self._blocks[index]
+            chunks = (passes.propagate(block, weights, masks, chunk) for chunk in streams.start.take())
             streams.start = Stream(chunks, self.offload).ready()
 
     def _record(self, index: int, masks: dict[str, np.ndarray], sub_records: list[dict], watch: Stopwatch) -> dict:

@@ -94,7 +94,7 @@ def test_name_table_covers_transformers_names_and_goes_both_ways(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"model_type": "gemma2"}, "gemma2"),
+        ({"model_type": "phi3"}, "phi3"),
         ({"model_type": None}, "None"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"hidden_act": "quick_gelu"}, "quick_gelu"),

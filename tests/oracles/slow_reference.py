@@ -1,4 +1,4 @@
-"""A slow, plain PyTorch statement of the method, for comparing with on any small LLaMA or OPT checkpoint.
+"""A slow, plain PyTorch statement of the method, for comparing with on any small LLaMA, OPT or Gemma checkpoint.
 
     python slow_reference.py --ckpt DIR --ids calibration.npy --samples 8 --length 64 --method wanda --rebuild \
         --granularity output1 --alpha 0.1 --metric wd --out masks.npz
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 
 class Family:
-    """What differs between LLaMA and OPT: where the blocks are and how a sub-block is called."""
+    """What differs between LLaMA, OPT and Gemma: where the blocks are and how a sub-block is called."""
 
     def __init__(self, model, ids):
         L = ids.shape[1]
@@ -35,6 +35,30 @@ class Family:
                     lambda b, x: b.self_attn(hidden_states=x, attention_mask=causal)[0],
                 ),
                 ("", ["fc1", "fc2"], "final_layer_norm", lambda b, x: b.fc2(b.activation_fn(b.fc1(x)))),
+            ]
+        elif model.config.model_type in ("gemma2", "gemma3_text"):
+            inner, kinds = model.model, model.config.layer_types
+            self.prefix, self.blocks = "model.layers", inner.layers
+            self.hidden, steps = inner.embed_tokens(ids), torch.arange(L)[None]
+            # A window's mask hides what is further back; each kind of block has a mask and, in Gemma 3, a rotation.
+            far = torch.full((L, L), float("-inf")).tril(-model.config.sliding_window)[None, None]
+            masks = {"full_attention": causal, "sliding_attention": causal + far}
+            kind_alone = (lambda kind: (kind,)) if model.config.model_type == "gemma3_text" else lambda kind: ()
+            ropes = {kind: inner.rotary_emb(self.hidden[:1], steps, *kind_alone(kind)) for kind in set(kinds)}
+
+            def attention(b, x):
+                kind = kinds[b.self_attn.layer_idx]
+                y = b.self_attn(hidden_states=x, position_embeddings=ropes[kind], attention_mask=masks[kind])[0]
+                return b.post_attention_layernorm(y)
+
+            self.subs = [
+                ("self_attn", ["q_proj", "k_proj", "v_proj", "o_proj"], "input_layernorm", attention),
+                (
+                    "mlp",
+                    ["gate_proj", "up_proj", "down_proj"],
+                    "pre_feedforward_layernorm",
+                    lambda b, x: b.post_feedforward_layernorm(b.mlp(x)),
+                ),
             ]
         else:
             inner = model.model

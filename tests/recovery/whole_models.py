@@ -71,7 +71,7 @@ def plain_logits(program, parameters, ids):
     hidden = program.embed.bind(part(parameters, EMBED))(ids)
     blocks = part(parameters, BLOCKS)
     for index in range(next(iter(blocks.values())).shape[0]):
-        hidden = program.block.run({path: value[index] for path, value in blocks.items()}, hidden)
+        hidden = program.blocks[index].run({path: value[index] for path, value in blocks.items()}, hidden)
     head = part(parameters, HEAD)
     if program.tied:
         head = {**head, program.tied[0]: parameters[EMBED + program.tied[1]].T}
