@@ -8,7 +8,8 @@ from barber_jax.console.errors import BarberError, exit_with_one_line
 
 COMMANDS = {
     "prune": ("barber_jax.prune", "prune a checkpoint and rebuild its mask"),
-    "report": ("barber_jax.report", "regenerate report.html of a pruned checkpoint"),
+    "recover": ("barber_jax.recover", "train the surviving weights of a pruned checkpoint"),
+    "report": ("barber_jax.report", "regenerate report.html of a pruned or recovered checkpoint"),
     "perplexity": ("barber_jax.eval.perplexity", "measure the perplexity of a checkpoint"),
     "zero-shot": ("barber_jax.eval.zero_shot", "measure the accuracy of a checkpoint on lm-eval tasks"),
     "study": ("barber_jax.eval.study", "compare runs, or run a grid of them"),

@@ -229,7 +229,9 @@ class PruneConfig(
             values["sparsity"] = None
         if pattern == "unstructured" and not self.masks:
             values["pattern"] = None
-        return self._changed_words(values, PRESETS[self.preset], NOT_REPRODUCED)
+        # What no enabled stage looks at was filled in, not given.
+        left_out = {*NOT_REPRODUCED, *unused_options(self)}
+        return self._changed_words({"ckpt": values.pop("ckpt"), **values}, PRESETS[self.preset], left_out)
 
     @property
     def runs_stages(self) -> bool:

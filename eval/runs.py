@@ -2,8 +2,10 @@
 
 import dataclasses
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from barber_jax.config import BeyondOptions
 from barber_jax.console import documents
@@ -44,6 +46,24 @@ _ZERO_SHOT = fields(
 """Structure of the zero-shot file."""
 
 
+class Windows(NamedTuple):
+    """What a perplexity was measured on; perplexities on other windows of the same text are not comparable.
+
+    Attributes:
+        source: path or dataset name of the text.
+        count: number of windows; None where the file does not say, as for `length`, tokens in each.
+    """
+
+    source: str
+    count: int | None
+    length: int | None
+
+    @classmethod
+    def of(cls, entry: dict) -> "Windows":
+        """Those of an entry `perplexity` of run.json, or of a file of eval.perplexity."""
+        return cls(entry["source"], entry.get("windows"), entry.get("length"))
+
+
 @dataclass
 class Run:
     """One folder of a study.
@@ -54,7 +74,7 @@ class Run:
         record: content of run.json, for a recovered checkpoint that of the pruned one; None where there is none, as for
             a dense model.
         recovered: content of recover.json; None for a checkpoint that was not recovered.
-        perplexity: path or dataset name of a text -> perplexity.
+        perplexity: windows of a text -> perplexity.
         zero_shot: task -> accuracy in [0, 1], and `mean` over the tasks.
         limit: largest number of documents evaluated for each zero-shot task; None for all.
     """
@@ -62,7 +82,7 @@ class Run:
     name: str
     folder: Path
     record: dict | None
-    perplexity: dict[str, float] = field(default_factory=dict)
+    perplexity: dict[Windows, float] = field(default_factory=dict)
     zero_shot: dict[str, float] = field(default_factory=dict)
     limit: int | None = None
     recovered: dict | None = None
@@ -175,12 +195,23 @@ def load_run(folder: Path, name: str | None = None) -> Run:
     elif (folder / RUN).is_file():
         run.record = load_record(folder)
     if measured := (run.latest or {}).get("perplexity"):
-        run.perplexity[measured["source"]] = measured["perplexity"]
+        run.perplexity[Windows.of(measured)] = measured["perplexity"]
     if perplexity_file.is_file():
-        run.perplexity |= {each["source"]: each["perplexity"] for each in read_results(perplexity_file)}
+        run.perplexity |= {Windows.of(each): each["perplexity"] for each in read_results(perplexity_file)}
     if zero_shot_file.is_file():
         run.zero_shot, run.limit = _read_zero_shot(zero_shot_file)
     return run
+
+
+def text_titles(runs: list[Run]) -> dict[Windows, str]:
+    """Titles of everything that perplexities of the runs were measured on: the text, and where a text was measured on
+    different windows their number and length."""
+    measured = list(dict.fromkeys(windows for run in runs for windows in run.perplexity))
+    several = Counter(windows.source for windows in measured)
+    return {
+        each: each.source if several[each.source] == 1 else f"{each.source} ({each.count} windows of {each.length})"
+        for each in measured
+    }
 
 
 def _read_zero_shot(path: Path) -> tuple[dict[str, float], int | None]:

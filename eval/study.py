@@ -16,7 +16,7 @@ from barber_jax.console.outputs import write_whole
 from barber_jax.eval import device_page
 from barber_jax.eval.agreement import agreement, incomparable_reason
 from barber_jax.eval.grid import read_grid, run_grid
-from barber_jax.eval.runs import Run, load_runs
+from barber_jax.eval.runs import Run, load_runs, text_titles
 from barber_jax.eval.study_page import page_parts
 from barber_jax.eval.tables import Pairs, agreement_table, markdown, runs_table, seeds_table
 from barber_jax.reports.markup import markdown_text
@@ -52,12 +52,13 @@ class StudyConfig:
 
 def as_json(runs: list[Run], pairs: Pairs, checks: device_page.Checks) -> dict:
     """Content of study.json."""
+    titles = text_titles(runs)
     described = [
         {
             "name": run.name,
             "folder": str(run.folder),
             "settings": run.settings,
-            "perplexity": run.perplexity,
+            "perplexity": {titles[windows]: value for windows, value in run.perplexity.items()},
             "zero_shot": run.zero_shot,
             "zero_shot_limit": run.limit,
             "seconds": run.seconds,

@@ -6,7 +6,7 @@ import numpy as np
 
 from barber_jax.console.structure import MAX_NUMBER
 from barber_jax.eval.agreement import Overlap
-from barber_jax.eval.runs import Run
+from barber_jax.eval.runs import Run, text_titles
 from barber_jax.eval.tables import Pairs, Table
 from barber_jax.reports.figures import MAP, SERIES, Plots, heat, stacked
 from barber_jax.reports.markup import Html, element
@@ -71,9 +71,11 @@ def _measurement_plots(runs: list[Run]) -> Iterator[Html]:
     """Plots of perplexity, zero-shot accuracy, time and memory, each where it was measured."""
     drawn = Plots()
     size = (4.6, max(3.0, 1.4 + 0.22 * len(runs)))
-    sources = list(dict.fromkeys(source for run in runs for source in run.perplexity))
-    if sources:
-        values = {s: {run.name: run.perplexity[s] for run in runs if s in run.perplexity} for s in sources}
+    if titles := text_titles(runs):
+        values = {
+            title: {run.name: run.perplexity[windows] for run in runs if windows in run.perplexity}
+            for windows, title in titles.items()
+        }
         yield drawn.draw(_dot_plot(values, "perplexity"), "Perplexity", size)
     means = {run.name: 100 * run.zero_shot["mean"] for run in runs if "mean" in run.zero_shot}
     if means:

@@ -7,7 +7,7 @@ from statistics import mean, stdev
 
 from barber_jax.console.options import flag
 from barber_jax.eval.agreement import Overlap
-from barber_jax.eval.runs import REBUILD_OPTIONS, RECOVERY, Run
+from barber_jax.eval.runs import REBUILD_OPTIONS, RECOVERY, Run, text_titles
 from barber_jax.reports.markup import markdown_text
 from barber_jax.reports.recover_page import held_out_losses
 
@@ -61,10 +61,12 @@ def measured_columns(runs: list[Run]) -> list[Column]:
     def memory(key: str) -> Callable[[Run], float | None]:
         return lambda run: (run.latest or {}).get("peak_memory", {}).get(key)
 
-    sources = dict.fromkeys(source for run in runs for source in run.perplexity)
     tasks = dict.fromkeys(task for run in runs for task in run.zero_shot)
     columns = [Column("sparsity", lambda run: run.sparsity, ".4f")]
-    columns += [Column(f"perplexity, {Path(s).name}", lambda run, s=s: run.perplexity.get(s), ".2f") for s in sources]
+    columns += [
+        Column(f"perplexity, {Path(title).name}", lambda run, windows=windows: run.perplexity.get(windows), ".2f")
+        for windows, title in text_titles(runs).items()
+    ]
     columns += [
         Column(_task_title(task, runs), lambda run, task=task: run.zero_shot.get(task), ".2f", 100) for task in tasks
     ]

@@ -15,6 +15,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
 from barber_jax.console.errors import BarberError
+from barber_jax.data import hub
 
 
 def load_tasks(names: Sequence[str], data_dir: Path | None) -> dict[str, ConfigurableTask]:
@@ -52,12 +53,13 @@ def task_manager() -> TaskManager:
 
 def _load_from_hub(manager: TaskManager, names: Sequence[str]) -> dict[str, ConfigurableTask]:
     tasks = {}
-    for name in names:
-        try:
-            tasks |= manager.load([name])["tasks"]
-        except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise BarberError(f"--tasks {name}: cannot load its data ({reason}); give --data-dir") from error
+    with hub.offline_if_unreachable():
+        for name in names:
+            try:
+                tasks |= manager.load([name])["tasks"]
+            except Exception as error:
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+                raise BarberError(f"--tasks {name}: cannot load its data ({reason}); give --data-dir") from error
     return tasks
 
 

@@ -40,7 +40,7 @@ class EvaluationOptions(OptionGroup):
     eval_dataset: Literal["wikitext2", "ptb", "c4"] | None = None
     """Measure the perplexity of the dense and the pruned model on this dataset."""
     eval_windows: int | None = None
-    """Number of windows of --length tokens to evaluate. Default: all."""
+    """Number of windows of --length tokens to evaluate. Default: all; of c4, 256."""
 
     def settle(self) -> None:
         self._require_least(1, "eval_windows")

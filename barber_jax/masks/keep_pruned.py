@@ -1,4 +1,4 @@
-"""Training with pruned weights held at zero: a wrapper for any optax optimizer, and the function it is made of."""
+"""Training with pruned weights held at zero: a wrapper for any optax optimizer, and `zero_pruned`, which it uses."""
 
 from typing import Any, NamedTuple
 

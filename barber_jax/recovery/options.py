@@ -78,17 +78,17 @@ class TrainingOptions(OptionGroup):
     rate: float = 0.002
     """Peak learning rate, as a fraction of the root mean square of a matrix's surviving weights."""
     warm_up: float = 0.05
-    """Share of the steps in which the rate rises; then it falls to 0 as a cosine."""
+    """Fraction of the steps for linear warm-up; then the rate falls to 0 as a cosine."""
     mix: float = 0.0
-    """Share of next-token cross-entropy in the loss; the rest is the divergence from the teacher."""
+    """Share of next-token cross-entropy in the loss; the rest is the divergence from the teacher. Without one: all."""
     clip: float = 1.0
-    """Largest norm of the gradient; a larger gradient is scaled down to it."""
+    """Threshold of gradient clipping, by the norm of all gradients together."""
     scope: Scope = "weights"
     """What is trained: surviving weights, all (norms, biases and embeddings too), lora (low-rank factors)."""
     rank: int | None = None
     """Rank of the factors of --scope lora. Default 16."""
     remat: bool = True
-    """Compute a block's activations again for the gradient: less memory, about a fifth more operations."""
+    """Recompute activations in the backward pass (gradient checkpointing): less memory, a fifth more operations."""
 
     def settle(self) -> None:
         self._require_least(1, "tokens", "steps", "batch", "micro_batch", "rank")
@@ -125,6 +125,10 @@ class RecoverDeviceOptions(ComputeOptions):
 class RecoverEvaluationOptions(EvaluationOptions):
     """Evaluation along the way, and of the teacher, the pruned and the recovered model."""
 
+    eval_text: Path | None = None
+    """Measure the perplexity of the teacher, the pruned and the recovered model on this text file."""
+    eval_dataset: Literal["wikitext2", "ptb", "c4"] | None = None
+    """Measure the perplexity of the teacher, the pruned and the recovered model on this dataset."""
     eval_every: int | None = None
     """Steps between two measurements of the held-out loss, each with a checkpoint. Default: a twentieth of all."""
 

@@ -57,8 +57,9 @@ def model_card(name: str, record: Mapping[str, Any], command: Sequence[str], sou
         front_matter(entries, base, _tags(record)),
         f"# {markdown_text(name)}",
         f"{markdown_code(shown)} with {record['totals']['sparsity']:.1%} of the weights of its decoder blocks pruned "
-        f"({markdown_text(record['options']['pattern'])}) by [barber_jax](https://arxiv.org/abs/2408.10631) "
-        f"{markdown_text(record['versions']['barber_jax'])}. {markdown_text(_method(record['options']))}",
+        f"({markdown_text(record['options']['pattern'])}) by barber_jax "
+        f"{markdown_text(record['versions']['barber_jax'])}, [LLM-Barber](https://arxiv.org/abs/2408.10631) in JAX. "
+        f"{markdown_text(_method(record['options']))}",
         _results_table(record),
         markdown_block("python -m barber_jax.prune " + shlex.join([*command, "--out", name]), "sh"),
         *use(name),

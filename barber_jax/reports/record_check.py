@@ -1,4 +1,4 @@
-"""The structure of run.json, checked as a whole when it is read, so that nobody who uses it need check anything."""
+"""The structure of run.json, checked as a whole when it is read, so that callers can rely on it."""
 
 import dataclasses
 from typing import Any

@@ -38,7 +38,8 @@ def recover_card(name: str, record: Mapping[str, Any], source: str = "") -> str:
         f"# {markdown_text(name)}",
         f"{markdown_code(base_name(base))} with {record['sparsity']:.1%} of the weights of its decoder blocks pruned "
         f"({markdown_text(record['pattern'])}) and the others trained on, with pruned weights held at zero, by "
-        f"[barber_jax](https://arxiv.org/abs/2408.10631) {markdown_text(record['versions']['barber_jax'])}. "
+        f"barber_jax {markdown_text(record['versions']['barber_jax'])}, "
+        "[LLM-Barber](https://arxiv.org/abs/2408.10631) in JAX. "
         f"{_training(record)}",
         _results_table(record),
         markdown_block("\n".join(command_lines(record, name)), "sh"),

@@ -29,9 +29,9 @@ class SharedOptions(OptionGroup):
     """Options that several stages look at."""
 
     token_weighting: TokenWeighting = "none"
-    """Weight of a token in the loss: none (the paper's), norm = divided by its scale, as the next norm does."""
+    """Weight of a token in the loss: none (the paper's), norm = normalised by its scale, as the next norm does."""
     target: Target = "dense"
-    """Target of --alpha auto, --refine, --reconstruct: the dense model's stream, or dense on the same inputs."""
+    """Target of --alpha auto, --refine and --reconstruct: the dense model's stream, or dense outputs on same inputs."""
     rounds: int = 1
     """How often the stages of a sub-block are repeated."""
 

@@ -25,7 +25,7 @@ class RefineOptions(OptionGroup):
     """Better masks: swaps by their exact gain."""
 
     refine: int = 0
-    """Swaps in every output at most, each by its exact gain in layer-wise error; 0 = none."""
+    """Maximum number of swaps in each output, each by its exact gain in layer-wise error; 0 = none."""
 
     def settle(self) -> None:
         self._require_least(0, "refine")

@@ -445,6 +445,12 @@ def test_missing_required_options(capsys):
         assert line in capsys.readouterr().err
 
 
+def test_every_program_of_the_package_is_a_command_of_barber_jax():
+    top = Path(sys.modules["barber_jax"].__file__).parent
+    programs = {file.stem for file in top.glob("*.py") if "\ndef run(" in file.read_text(encoding="utf-8")}
+    assert {"prune", "recover", "report"} <= programs <= {name for name in COMMANDS}
+
+
 @pytest.mark.parametrize("name", list(COMMANDS))
 def test_every_command_of_barber_jax_answers_help_and_refuses_nonsense(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["barber-jax", name, "--help"])

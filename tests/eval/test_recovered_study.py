@@ -8,9 +8,9 @@ from recovered import measured, recover_json, run_json, write_masks, write_recov
 
 from barber_jax.console.errors import BarberError
 from barber_jax.eval.agreement import agreement
-from barber_jax.eval.runs import load_run, load_runs
+from barber_jax.eval.runs import load_run, load_runs, text_titles
 from barber_jax.eval.study import study
-from barber_jax.eval.tables import runs_table, seeds_table
+from barber_jax.eval.tables import measured_columns, runs_table, seeds_table
 
 
 @pytest.fixture
@@ -88,7 +88,21 @@ def test_masks_are_those_of_the_recovered_folder(pruned, tmp_path):
 def test_recover_json_goes_before_run_json(pruned):
     # A converted folder has both.
     write_recovered(pruned, recover_json(perplexity=measured(3.0)))
-    assert load_run(pruned).perplexity == {"texts/held_out.txt": 3.0}
+    ((windows, value),) = load_run(pruned).perplexity.items()
+    assert (windows.source, value) == ("texts/held_out.txt", 3.0)
+
+
+def test_other_windows_of_a_text_are_another_column(pruned, tmp_path):
+    recovered = write_recovered(tmp_path / "recovered", recover_json(perplexity=measured(3.0)))
+    result = {"source": "texts/held_out.txt", "perplexity": 4.0, "windows": 4, "length": 32}
+    (pruned / "perplexity.json").write_text(json.dumps({"results": [result]}))
+    runs = load_runs([pruned, recovered])
+    titles = text_titles(runs)
+    assert "texts/held_out.txt (4 windows of 32)" in titles.values() and len(titles) == 2
+    assert sum(column.title.startswith("perplexity, held_out.txt (") for column in measured_columns(runs)) == 2
+    result |= {key: measured(3.0)[key] for key in ("windows", "length")}
+    (pruned / "perplexity.json").write_text(json.dumps({"results": [result]}))
+    assert list(text_titles(load_runs([pruned, recovered])).values()) == ["texts/held_out.txt"]
 
 
 def test_damaged_options_are_refused_or_shown(pruned, tmp_path):
