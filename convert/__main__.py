@@ -1,6 +1,5 @@
 """python -m barber_jax.convert: convert a checkpoint to another format, without pruning it."""
 
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ from barber_jax import __version__
 from barber_jax.console.command import parse
 from barber_jax.console.documents import read_json
 from barber_jax.console.errors import BarberError, exit_with_one_line
-from barber_jax.console.files import writing
 from barber_jax.convert.checkpoint import Checkpoint, open_checkpoint
 from barber_jax.convert.export import MASKS, RUN, FolderWriter, claimed
 from barber_jax.convert.folder import ModelFolder
@@ -74,9 +72,7 @@ def _copy_masks_and_load_record(checkpoint: Checkpoint, folder: Path) -> dict:
     masks, record = checkpoint.folder / MASKS, checkpoint.folder / RUN
     if masks.exists():
         # Opened first, so that a damaged file is rejected and not copied.
-        path = read_masks(masks).path
-        with writing(folder / MASKS):
-            shutil.copyfile(path, folder / MASKS)
+        read_masks(masks).copy(folder / MASKS)
     return read_json(record, f"{record}: missing") if record.exists() else {}
 
 

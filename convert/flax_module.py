@@ -1,7 +1,6 @@
 """A whole checkpoint as a Flax module with masks like its parameters, and back to a Hugging Face folder."""
 
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,18 @@ from flax import nnx
 
 from barber_jax import __version__
 from barber_jax.console.errors import BarberError
-from barber_jax.console.files import expand, writing
+from barber_jax.console.files import expand
 from barber_jax.convert.checkpoint import Checkpoint, open_checkpoint
 from barber_jax.convert.export import RUN, FolderWriter, claimed
-from barber_jax.convert.folder import ModelFolder
+from barber_jax.convert.folder import FLOATS, ModelFolder
 from barber_jax.convert.parameters import check_names_and_shapes, check_tensors, to_flax, to_hf, tree_paths
-from barber_jax.convert.tied_head import HEAD
+from barber_jax.convert.tied_head import copies
 from barber_jax.masks.keep_pruned import masks_like
 from barber_jax.masks.mask_file import FILE_NAME, Masks, read_masks
 from barber_jax.masks.pattern import pattern_of
 from barber_jax.models import build_model
 from barber_jax.models.decoder import Decoder, nested
-from barber_jax.models.family import Model
+from barber_jax.models.family import Model, first_difference
 
 SPARSE = 0.2
 """Fraction of zeros among the prunable weights from which a checkpoint without masks counts as pruned.
@@ -58,9 +57,9 @@ def load(
     Raises:
         BarberError: the checkpoint or the masks cannot be read, are damaged, or do not fit each other.
     """
+    dtype = _floating("dtype", dtype)
     checkpoint = open_checkpoint(os.fspath(ckpt))
-    dtype = jnp.dtype(dtype)
-    model = build_model(checkpoint.config, jnp.dtype(compute_dtype or dtype))
+    model = build_model(checkpoint.config, _floating("compute_dtype", compute_dtype or dtype))
     check_tensors(checkpoint, model)
     file = open_masks(checkpoint, model, masks)
     prunable = set(model.pruned_names())
@@ -88,6 +87,22 @@ def load(
     module = nnx.merge(graph, nested(parameters))
     module.source = os.fspath(ckpt)
     return module, nested(kept)
+
+
+def _floating(argument: str, given: Any) -> np.dtype:
+    """The dtype, if it is one of floating point that arrays may have here, float64 with `jax_enable_x64` alone.
+
+    Raises:
+        BarberError: it is another, in which values would be lost.
+    """
+    known = (*FLOATS, *(["float64"] if jax.config.jax_enable_x64 else []))
+    try:
+        dtype = jnp.dtype(given)
+    except TypeError:
+        dtype = None
+    if dtype is None or dtype.name not in known:
+        raise BarberError(f"{argument} {given!r} is not one of {', '.join(known)}; give one of these")
+    return dtype
 
 
 def _cast(value: np.ndarray, dtype: np.dtype, what: str) -> jax.Array:
@@ -150,6 +165,12 @@ def save(
         check_tensors(checkpoint, model)
         state = nnx.to_pure_dict(nnx.state(module, nnx.Param))
         parameters = _parameters(state, checkpoint, model)
+        if module.settings and (differs := first_difference(module.settings, model.settings)):
+            what, ours, theirs = differs
+            raise BarberError(
+                f"{checkpoint.location}: its {what} (config.json) is {theirs}, that of the module is {ours}; "
+                "give a checkpoint of the same model with like="
+            )
         kept = _kept(masks_like(state, np.True_ if masks is None else masks), model)
         _write(out, checkpoint, model, parameters, kept)
 
@@ -175,11 +196,10 @@ def _parameters(state: dict, checkpoint: Checkpoint, model: Model) -> dict[str, 
                 f"parameter {path} of the module has shape {list(flat[path].shape)}, its tensor {name} in "
                 f"{checkpoint.location} {list(shape)}; give a checkpoint of the same model with like="
             )
+        if not jnp.issubdtype(flat[path].dtype, jnp.floating):
+            raise BarberError(f"parameter {path} of the module is {flat[path].dtype}, not floating-point; convert it")
         readers[name] = lambda path=path, name=name: _to_numpy(path, flat[path], checkpoint.dtype(name))
-    if model.tied_embedding and HEAD in checkpoint.names():
-        # A copy of the embedding, stored along with it.
-        readers[HEAD] = readers[model.names.head["lm_head.kernel"]]
-    return readers
+    return readers | {copy: readers[name] for name in readers for copy in copies(checkpoint, model, name)}
 
 
 def _to_numpy(path: str, value: jax.Array, dtype: np.dtype) -> np.ndarray:
@@ -231,8 +251,7 @@ def _write(
                 writer.write(name, tensor)
         writer.finish(set(parameters))
         if same:
-            with writing(writer.folder):
-                shutil.copyfile(file.path, writer.folder / FILE_NAME)
+            file.copy(writer.folder / FILE_NAME)
         if isinstance(checkpoint, ModelFolder) and (checkpoint.folder / RUN).exists():
             # The model card that a run has written, with figures of its weights.
             (writer.folder / "README.md").unlink(missing_ok=True)

@@ -11,7 +11,7 @@ import numpy as np
 from barber_jax.console import causes, documents
 from barber_jax.console.documents import read_json
 from barber_jax.console.errors import BarberError
-from barber_jax.console.files import check_fetched
+from barber_jax.console.files import FileState, check_fetched
 from barber_jax.console.quiet import held_output
 from barber_jax.convert.checkpoint import Checkpoint
 from barber_jax.convert.tensor_names import stored_names
@@ -122,7 +122,9 @@ class ShardedFolder(ModelFolder):
                 f"supported; give that file the name {self.weights} (or {self.index}) and remove the entry"
             )
         self._listed = self._locate()
-        self._headers = {file: self._open(file) for file in sorted(set(self._listed.values()) or {self.weights})}
+        files = sorted(set(self._listed.values()) or {self.weights})
+        self._states = {file: FileState(self.folder / file) for file in files}
+        self._headers = {file: self._open(file) for file in files}
         for name, file in self._listed.items():
             if name not in self._headers[file]:
                 raise BarberError(f"{self.folder / file}: no tensor {name}, which {self.index} names; fetch both again")
@@ -162,7 +164,7 @@ class ShardedFolder(ModelFolder):
 
     def fetch(self, name: str) -> np.ndarray:
         file, stored = self._stored[name]
-        value = self._fetch(self.folder / file, stored)
+        value = self._fetch_same(file, stored)
         if stored not in self._masks:
             return value
         mask = self._fetch_mask(name)
@@ -174,13 +176,19 @@ class ShardedFolder(ModelFolder):
 
     def _fetch_mask(self, name: str) -> np.ndarray:
         file, stored = self._masks[self._stored[name][1]]
-        mask = self._fetch(self.folder / file, stored)
+        mask = self._fetch_same(file, stored)
         if mask.shape != self.shape(name):
             wanted = list(self.shape(name))
             raise BarberError(
                 f"{self.folder / file}: tensor {stored} has shape {list(mask.shape)}, its weight {wanted}"
             )
         return mask
+
+    def _fetch_same(self, file: str, stored: str) -> np.ndarray:
+        """`_fetch`, of a file that is the one that was opened. Raises BarberError."""
+        value = self._fetch(self.folder / file, stored)
+        self._states[file].check()
+        return value
 
     @abc.abstractmethod
     def _open(self, file: str) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from barber_jax.console.errors import BarberError
+from barber_jax.console.files import FileState
 from barber_jax.convert.checkpoint import Checkpoint, split_files
 from barber_jax.convert.gguf_config import llama_config
 from barber_jax.convert.gguf_header import Header, StoredTensor
@@ -59,6 +60,7 @@ class GGUFCheckpoint(Checkpoint):
         """
         self.location = str(path)
         self._header, self._parts = read_parts(path)
+        self._states = {part: FileState(part) for part in self._parts.values()}
         try:
             self.config = self._read_config()
             self._check_blocks()
@@ -191,6 +193,7 @@ class GGUFCheckpoint(Checkpoint):
             raise BarberError(f"{self._parts[stored]}: tensor {stored} cannot be read ({error.strerror})") from None
         if raw.size != tensor.size:
             raise BarberError(f"{self._parts[stored]}: the file is cut short in tensor {stored}; download it again")
+        self._states[self._parts[stored]].check()
         return raw
 
 

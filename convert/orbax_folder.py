@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from barber_jax.console.errors import BarberError
+from barber_jax.console.files import FileState
 from barber_jax.console.quiet import silenced
 from barber_jax.convert.checkpoint import Checkpoint, split_files
 from barber_jax.convert.folder import FLOATS, ORBAX, ModelFolder
@@ -43,6 +44,7 @@ class OrbaxCheckpoint(ModelFolder):
         """
         super().__init__(folder, location)
         self._tree = self.folder.resolve() / ORBAX
+        self._states = [FileState(path) for path in self.sources()[1:]]
         self._stored = self._metadata()
         model = build_model(self.config, jnp.float32)
         # Of a tied pair either side may be stored, or both.
@@ -96,6 +98,8 @@ class OrbaxCheckpoint(ModelFolder):
         except Exception as error:
             # Orbax passes on exceptions of TensorStore and of the file system, of many types.
             raise self._damaged(error) from None
+        for state in self._states:
+            state.check()
         return to_hf(path, flatten_dict(tree)[key])
 
     def _metadata(self) -> dict:

@@ -1,15 +1,15 @@
 """Converts between Hugging Face tensors and Flax parameters, using a family's name table."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
 from barber_jax.console.errors import BarberError
 from barber_jax.convert.checkpoint import Checkpoint
 from barber_jax.convert.tied_head import HEAD
-from barber_jax.models import plain_config
+from barber_jax.models import build_model, plain_config
 from barber_jax.models.decoder import Definition
-from barber_jax.models.family import Model
+from barber_jax.models.family import Model, first_difference
 
 
 def to_flax(path: str, tensor: np.ndarray) -> np.ndarray:
@@ -100,6 +100,30 @@ def check_names_and_shapes(
     for name, shape in required.items():
         if given[name] != shape:
             raise BarberError(f"{what} {name} has shape {list(given[name])}, in {checkpoint.location} {list(shape)}")
+
+
+def check_same_settings(model: Model, of: str, checkpoint: Checkpoint, remedy: str, but: Collection[str] = ()) -> None:
+    """Raise `BarberError` if the configuration of a second checkpoint of a model computes something else.
+
+    Args:
+        model: the model.
+        of: where its configuration is from, for the message.
+        checkpoint: the second checkpoint, whose tensors are used in `model`.
+        remedy: end of the message.
+        but: settings that may differ (`first_difference`). A head and an embedding that are tied in the second
+            checkpoint alone are read as two equal matrices.
+    """
+    try:
+        other = build_model(checkpoint.config, np.dtype(np.float32))
+    except BarberError as error:
+        raise BarberError(f"{checkpoint.location}: {error}") from None
+    but = {*but, *(["tied"] if other.tied_embedding else [])}
+    differs = first_difference(model.settings, other.settings, but)
+    if differs:
+        what, ours, theirs = differs
+        raise BarberError(
+            f"{checkpoint.location}: its {what} (config.json) is {theirs}, that of {of} is {ours}; {remedy}"
+        )
 
 
 def _remedy(name: str, checkpoint: Checkpoint, model: Model) -> str:

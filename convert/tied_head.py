@@ -13,6 +13,7 @@ from barber_jax.console.errors import BarberError
 from barber_jax.console.notes import note
 from barber_jax.convert.checkpoint import Checkpoint
 from barber_jax.models import build_model
+from barber_jax.models.family import Model
 
 HEAD = "lm_head.weight"
 """Hugging Face name of a head that is not tied."""
@@ -49,6 +50,16 @@ def settle_head(checkpoint: Checkpoint, places: dict[str, Place]) -> dict[str, P
         note(f"{checkpoint.location}: config.json ties {HEAD} to {embedding}, but the two differ: both are used")
         checkpoint.config = {**checkpoint.config, "tie_word_embeddings": False}
     return places
+
+
+def copies(checkpoint: Checkpoint, model: Model, name: str) -> list[str]:
+    """Names under which a checkpoint stores the tensor `name` once more: a tied head beside its embedding.
+
+    Whoever writes another value for the tensor must write it for them too; else head and embedding, which differ then,
+    would no longer be tied.
+    """
+    tied = model.tied_embedding and name == model.names.head["lm_head.kernel"]
+    return [HEAD] if tied and HEAD in checkpoint.names() else []
 
 
 def _digest(checkpoint: Checkpoint, name: str) -> tuple:

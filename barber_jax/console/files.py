@@ -34,6 +34,32 @@ def check_fetched(path: Path) -> None:
             )
 
 
+class FileState:
+    """What a file is when it is opened: what is read later, by its name again, must be of the same file.
+
+    While a command works for hours, another one may replace a checkpoint that it reads: half of the one and half of the
+    other would be a model that nobody has made.
+    """
+
+    def __init__(self, path: Path):
+        self._path, self._state = path, self._now(path)
+
+    def check(self) -> None:
+        """Raise `BarberError` if the file was changed, replaced or removed since."""
+        try:
+            same = self._now(self._path) == self._state
+        except OSError:
+            same = False
+        if not same:
+            raise BarberError(f"{self._path}: changed, replaced or removed while it was read; run the command again")
+
+    @staticmethod
+    def _now(path: Path) -> tuple[int, int]:
+        # Not its inode, which some network file systems make up anew.
+        found = os.stat(path)
+        return found.st_size, found.st_mtime_ns
+
+
 def expand(path: str | Path) -> Path:
     """Expand `~` and `~user` at the beginning of a path.
 

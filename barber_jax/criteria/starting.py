@@ -14,7 +14,7 @@ from barber_jax.console.errors import BarberError
 from barber_jax.console.files import expand
 from barber_jax.console.options import OptionGroup, flag
 from barber_jax.convert.checkpoint import Checkpoint
-from barber_jax.convert.parameters import check_names_and_shapes, to_flax
+from barber_jax.convert.parameters import check_names_and_shapes, check_same_settings, to_flax
 from barber_jax.criteria import CRITERIA
 from barber_jax.criteria.base import Criterion, Quota
 from barber_jax.devices.mesh import Devices
@@ -27,6 +27,9 @@ from barber_jax.masks.selection import Selection
 from barber_jax.masks.selector import Selector
 from barber_jax.models.family import Model
 from barber_jax.models.sharding import constrain, kernel_axes, sharded_axes
+
+OUTSIDE_BLOCKS = ("vocabulary", "embedding", "final_norm", "tied")
+"""Settings of models that have nothing to do with their decoder blocks."""
 
 BlockMasks = dict[str, jax.Array]
 """Kernel path -> bool [out, in], True = kept."""
@@ -232,6 +235,7 @@ class SparseCheckpointStart:
         known = set(required)
         relevant = {name: shape for name, shape in shapes.items() if len(shape) == 2 or name in known}
         check_names_and_shapes(relevant, required, checkpoint, f"{sparse.location}: weight")
+        check_same_settings(model, checkpoint.location, sparse, "it must be of the same model", but=OUTSIDE_BLOCKS)
         if file:
             check_names_and_shapes(file.shapes, model.pruned_names(), checkpoint, f"{file.path}: mask")
 

@@ -204,7 +204,7 @@ def check_batch(text: PackedText, batch: int) -> None:
 
 def _npy_rows(path: Path) -> np.ndarray:
     ids = load_ids(path)
-    if ids.ndim > 2:
+    if ids.ndim not in (1, 2):
         raise BarberError(f"{path}: shape {ids.shape} has {ids.ndim} axes; give token ids [tokens] or [rows, columns]")
     return ids[None] if ids.ndim == 1 else ids
 

@@ -16,6 +16,7 @@ from jax import lax
 from barber_jax.console.errors import BarberError
 from barber_jax.models.attention import BlockKVCache
 from barber_jax.models.decoder import Decoder
+from barber_jax.models.numbers import LARGEST, SMALLEST
 from barber_jax.models.sharding import DATA, constrain
 
 CHECK_INTERVAL = 32
@@ -23,6 +24,9 @@ CHECK_INTERVAL = 32
 
 SPAN = 256
 """Tokens of the vocabulary in a span, of which one is drawn first."""
+
+NO_TOKEN = -1
+"""Stands for the token that logits with NaN or Inf do not give."""
 
 KVCache = Any
 """Keys [B, K, E, T] and values [B, K, T, E] of all blocks, a pair for each block, or stacked [blocks, ...]."""
@@ -68,9 +72,10 @@ class Sampling(NamedTuple):
         Raises:
             BarberError: a value is out of range.
         """
-        if not 0 <= temperature < np.inf:
-            raise BarberError(f"temperature {temperature} is not a number from 0 (greedy) up")
-        if not 0 <= seed < 2**32:
+        # Logits are divided by it in float32.
+        if not _is_number(temperature) or not (temperature == 0 or SMALLEST <= temperature <= LARGEST):
+            raise BarberError(f"temperature {temperature} is not a number from 0 (greedy) up, within float32")
+        if not _is_integer(seed) or not 0 <= seed < 2**32:
             raise BarberError(f"seed {seed} is not from 0 to 2**32 - 1")
         if temperature == 0:
             return None
@@ -78,10 +83,11 @@ class Sampling(NamedTuple):
 
 
 def choose(logits: jax.Array, position: jax.Array, sampling: Sampling | None) -> jax.Array:
-    """The token at a position of each sequence, int32 [B], given its logits [B, V]."""
+    """The token at a position of each sequence, int32 [B], given its logits [B, V]; `NO_TOKEN` if one is not finite."""
     logits = logits.astype(jnp.float32)
+    finite = jnp.isfinite(logits).all(axis=-1)
     if sampling is None:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return jnp.where(finite, jnp.argmax(logits, axis=-1), NO_TOKEN).astype(jnp.int32)
 
     def uniform(row: jax.Array, position: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(sampling.seed), row), position)
@@ -94,7 +100,7 @@ def choose(logits: jax.Array, position: jax.Array, sampling: Sampling | None) ->
     draws = jax.vmap(uniform)(sampling.rows, position)
     span = _draw(jnp.sum(weights, axis=2), draws[:, 0])
     inside = jnp.take_along_axis(weights, span[:, None, None], axis=1)[:, 0]
-    return SPAN * span + _draw(inside, draws[:, 1])
+    return jnp.where(finite, SPAN * span + _draw(inside, draws[:, 1]), NO_TOKEN)
 
 
 def _draw(weights: jax.Array, uniform: jax.Array) -> jax.Array:
@@ -188,6 +194,9 @@ def run(
 
     Returns:
         Generated tokens int32 [B, n], n a multiple of `steps`.
+
+    Raises:
+        BarberError: logits are not finite.
     """
     rounds = -(-tokens // steps)
     token, cache = prefill(ids, lengths, sampling, capacity=ids.shape[1] + rounds * steps)
@@ -195,9 +204,37 @@ def run(
     for begin in range(0, rounds * steps, steps):
         more, token, cache = decode(token, lengths + begin, sampling, cache=cache, steps=steps)
         generated.append(np.asarray(more))
+        check_tokens(generated[-1])
         if stop(np.concatenate(generated, axis=1)):
             break
     return np.concatenate(generated, axis=1)
+
+
+def check_tokens(tokens: np.ndarray) -> None:
+    """Raise BarberError if there is a `NO_TOKEN` among generated tokens."""
+    if (tokens == NO_TOKEN).any():
+        raise BarberError(
+            "the model's logits are NaN or Inf: its activations do not fit the dtype in which it computes; "
+            "use float32 or bfloat16"
+        )
+
+
+def _array(values: Any) -> np.ndarray:
+    """As an array; what is none, rows of several lengths, becomes an array without an integer dtype."""
+    try:
+        return np.asarray(values)
+    except ValueError:
+        return np.asarray(None)
+
+
+def _is_integer(value: Any) -> bool:
+    """Whether a number, or an array, is of integers."""
+    # By its kind: NumPy counts timedelta64 among the integer types.
+    return not isinstance(value, str) and np.asarray(value).dtype.kind in "iu"
+
+
+def _is_number(value: Any) -> bool:
+    return not isinstance(value, str) and np.ndim(value) == 0 and np.asarray(value).dtype.kind in "iuf"
 
 
 def _network(model: Decoder) -> Network:
@@ -252,16 +289,22 @@ def generate(
         int32 [S, tokens], the continuations without their prompts.
 
     Raises:
-        BarberError: the prompts do not fit the model, or prompt and continuation are longer than its positions.
+        BarberError: the prompts do not fit the model, prompt and continuation are longer than its positions, or the
+            model's logits are not finite.
     """
-    ids = np.asarray(ids)
-    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or not ids.size:
+    ids = _array(ids)
+    if ids.ndim != 2 or not _is_integer(ids) or not ids.size:
         raise BarberError(f"prompts are token ids [S, L], not {ids.dtype} of shape {list(ids.shape)}")
     if ids.min() < 0 or ids.max() >= model.vocabulary:
         raise BarberError(f"prompts hold token {ids.min()} or {ids.max()}; the model has {model.vocabulary} tokens")
-    lengths = np.full(len(ids), ids.shape[1]) if lengths is None else np.asarray(lengths)
-    if lengths.shape != ids.shape[:1] or not ((lengths >= 1) & (lengths <= ids.shape[1])).all():
+    lengths = np.full(len(ids), ids.shape[1]) if lengths is None else _array(lengths)
+    fit = lengths.shape == ids.shape[:1] and _is_integer(lengths)
+    if not fit or not ((lengths >= 1) & (lengths <= ids.shape[1])).all():
         raise BarberError(f"lengths must be {len(ids)} numbers from 1 to {ids.shape[1]}, one for each prompt")
+    if not _is_integer(tokens):
+        raise BarberError(f"tokens {tokens!r} is not a number of tokens")
+    if end is not None and not (_is_integer(end) and 0 <= end < model.vocabulary):
+        raise BarberError(f"end {end!r} is not one of the model's {model.vocabulary} tokens")
     if tokens < 1 or lengths.max() + tokens > model.positions:
         raise BarberError(
             f"{tokens} tokens after prompts of up to {lengths.max()}: the model has {model.positions} positions"

@@ -21,7 +21,7 @@ from barber_jax.convert.checkpoint import Checkpoint
 from barber_jax.convert.parameters import read_parameters
 from barber_jax.devices.mesh import Devices
 from barber_jax.forward.dense import read_replicated
-from barber_jax.forward.generation import Sampling, choose, extended
+from barber_jax.forward.generation import Sampling, check_tokens, choose, extended
 from barber_jax.forward.passes import Parameters
 from barber_jax.models.attention import BlockKVCache
 from barber_jax.models.decoder import BlockDefinition, BlockStack, Definition
@@ -213,7 +213,8 @@ def write_samples(
         progress: shows tokens per second and the time left.
 
     Raises:
-        BarberError: the samples are longer than the model's positions, or more tokens than could ever be written.
+        BarberError: the samples are longer than the model's positions, or more tokens than could ever be written; or
+            the model's logits are not finite.
     """
     model.check_length(length)
     if samples * length >= MAX_TOKENS:
@@ -239,6 +240,7 @@ def write_samples(
                     interrupt.check()
 
                 written.append(devices.fetch(_write(writer, model, sampling, boundary, state, length, report)))
+                check_tokens(written[-1])
     return np.concatenate(written)[:samples].astype(np.int32)
 
 

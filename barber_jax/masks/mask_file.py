@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from barber_jax.console import documents
 from barber_jax.console.errors import BarberError
-from barber_jax.console.files import check_fetched
+from barber_jax.console.files import FileState, check_fetched, writing
 
 FILE_NAME = "masks.safetensors"
 """Name of the mask file in the folder of a pruned model."""
@@ -71,9 +72,9 @@ class Masks:
         shapes: weight name -> (out, in).
     """
 
-    def __init__(self, path: Path, file: safe_open):
+    def __init__(self, path: Path, file: safe_open, state: FileState):
         self.path = path
-        self._file = file
+        self._file, self._state = file, state
         metadata = self._metadata()
         self.pattern = metadata["pattern"]
         self.sparsity = self._parse_sparsity(metadata["sparsity"])
@@ -104,6 +105,12 @@ class Masks:
             packed = packed.copy()
             packed[-1] &= 256 - (1 << padding)
         return packed
+
+    def copy(self, target: Path) -> None:
+        """Copy the file byte for byte. Raises BarberError if it cannot be written, or is no longer the one opened."""
+        with writing(target):
+            shutil.copyfile(self.path, target)
+        self._state.check()
 
     def _bad(self, what: str) -> BarberError:
         return BarberError(f"{self.path}: {what}; write or copy the mask file again")
@@ -176,9 +183,10 @@ def read_masks(path: str | os.PathLike) -> Masks:
         raise BarberError(f"{path}: no such file; give a masks.safetensors file")
     check_fetched(path)
     try:
+        state = FileState(path)
         file = safe_open(path, framework="np")
     except SafetensorError as error:
         raise BarberError(f"{path}: not a safetensors file, or cut short ({error}); write or copy it again") from error
     except OSError as error:
         raise BarberError(f"cannot read {path}: {error.strerror or error}; check its permissions") from error
-    return Masks(path, file)
+    return Masks(path, file, state)

@@ -46,6 +46,11 @@ def build_model(config: dict, dtype) -> Model:
         if not isinstance(given, str) or given.lower() not in _names_of(architecture):
             raise BarberError(f"config.json: architecture {given!r} is not supported, only {architecture}")
     _check_unquantised(config.get("quantization_config"))
+    if config.get("is_causal", True) is not True:
+        raise BarberError(
+            f"config.json: is_causal {config['is_causal']!r}: attention in both directions is not supported; "
+            "give a causal language model"
+        )
     return build(config, dtype)
 
 

@@ -245,6 +245,7 @@ class Decoder(nnx.Module):
 
     Attributes:
         source: the checkpoint that it was loaded from, as the user gave it; empty if from none.
+        settings: `Model.settings` of the model that made it; None if none has.
     """
 
     def __init__(
@@ -265,6 +266,7 @@ class Decoder(nnx.Module):
         self.positions = positions
         self.tied = tied
         self.source = ""
+        self.settings = None
 
     @property
     def vocabulary(self) -> int:

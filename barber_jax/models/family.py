@@ -1,6 +1,7 @@
 """Describes a model family to the rest of the program, and reads the entries of config.json strictly."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,8 @@ class Model:
         names: name table of exactly the parameters that this configuration has.
         tied_embedding: whether the head's kernel is the token embedding.
         make_*: build the Flax modules; `make_block` that of a block of the given kind.
+        settings: the family's own configuration, a frozen dataclass; with `model_type` all that the model computes
+            depends on, but for its dtype.
         kind: index of a block -> its kind. Blocks of several kinds have parameters of the same names and shapes, but
             compute differently.
     """
@@ -69,6 +72,7 @@ class Model:
     make_embed: Callable[[nnx.Rngs], nnx.Module]
     make_block: Callable[[nnx.Rngs, str], Block]
     make_head: Callable[[nnx.Rngs], Head]
+    settings: Any
     kind: Callable[[int], str] = lambda index: ""
 
     def embed(self) -> Definition:
@@ -96,7 +100,9 @@ class Model:
         """Build the whole model as one Flax module; if it is tied, its head has no parameter of its own."""
         blocks = [self.make_block(rngs, self.kind(index)) for index in range(self.layers)]
         parts = (self.make_embed(rngs), blocks, self.make_head(rngs))
-        return Decoder(*parts, self.sub_blocks, self.positions, self.tied_embedding)
+        decoder = Decoder(*parts, self.sub_blocks, self.positions, self.tied_embedding)
+        decoder.settings = self.settings
+        return decoder
 
     def check_length(self, length: int) -> None:
         """Raise BarberError if sequences of `length` tokens are longer than the model's positions."""
@@ -111,6 +117,28 @@ class Model:
     def pruned_names(self) -> list[str]:
         """Hugging Face names of all prunable weights, in order."""
         return [name for index in range(self.layers) for name in self.kernel_names(index).values()]
+
+
+def first_difference(ours: Any, theirs: Any, but: Collection[str] = ()) -> tuple[str, Any, Any] | None:
+    """The first setting in which two models compute differently: its name, `ours` and `theirs`; None for none.
+
+    Weights of one model in the other would fit, and silently give another model.
+
+    Args:
+        ours, theirs: `Model.settings` of two models.
+        but: settings that are not compared. `positions` never is: it is a limit, and where it is a size too (OPT), the
+            shapes of tensors tell.
+    """
+    if type(ours) is not type(theirs):
+        return "family", type(ours).__name__, type(theirs).__name__
+    for field in dataclasses.fields(ours):
+        if field.name in ("positions", *but):
+            continue
+        one, other = getattr(ours, field.name), getattr(theirs, field.name)
+        if one != other:
+            inner = dataclasses.is_dataclass(one) and first_difference(one, other)
+            return (f"{field.name} {inner[0]}", *inner[1:]) if inner else (field.name, one, other)
+    return None
 
 
 class HFConfig:

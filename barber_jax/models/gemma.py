@@ -321,5 +321,6 @@ def _model(model_type: str, config: GemmaConfig, kind: Callable[[int], str], pre
         make_embed=lambda rngs: GemmaEmbed(config, dtype, rngs),
         make_block=lambda rngs, kind: GemmaBlock(config, kind, dtype, rngs),
         make_head=lambda rngs: GemmaHead(config, dtype, rngs),
+        settings=config,
         kind=kind,
     )

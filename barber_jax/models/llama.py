@@ -202,4 +202,5 @@ def model(model_type: str, config: LlamaConfig, dtype) -> Model:
         make_embed=lambda rngs: LlamaEmbed(config, dtype, rngs),
         make_block=lambda rngs, _: LlamaBlock(config, dtype, rngs),
         make_head=lambda rngs: LlamaHead(config, dtype, rngs),
+        settings=config,
     )

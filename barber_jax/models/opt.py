@@ -233,4 +233,5 @@ def build(raw: dict, dtype) -> Model:
         make_embed=lambda rngs: OPTEmbed(config, dtype, rngs),
         make_block=lambda rngs, _: OPTBlock(config, dtype, rngs),
         make_head=lambda rngs: OPTHead(config, dtype, rngs),
+        settings=config,
     )

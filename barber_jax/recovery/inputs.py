@@ -14,7 +14,7 @@ from barber_jax.console.options import flag
 from barber_jax.console.progress import Progress
 from barber_jax.convert.checkpoint import Checkpoint, open_checkpoint
 from barber_jax.convert.export import sibling_path
-from barber_jax.convert.parameters import check_tensors
+from barber_jax.convert.parameters import check_same_settings, check_tensors
 from barber_jax.data.calibration import SELF
 from barber_jax.data.packing import PackedText, check_batch, open_text
 from barber_jax.devices.mesh import Devices, require_agreement
@@ -129,6 +129,7 @@ def open_teacher(config: RecoverConfig, model: Model) -> Checkpoint | None:
                 "give the dense checkpoint that was pruned"
             )
     check_tensors(teacher, model)
+    check_same_settings(model, config.ckpt, teacher, "give the dense checkpoint that was pruned")
     return teacher
 
 
@@ -176,7 +177,7 @@ def run_identity(
         for path in sources:
             identity[f"content of {option} {os.path.relpath(path, sources[0].parent)}"] = fingerprint(path)
     if masks.file:
-        identity["content of the masks"] = fingerprint(masks.file)
+        identity["content of the masks"] = fingerprint(masks.file.path)
     identity["content of the text"] = array_fingerprint(text.windows.ids)
     identity["content of the held-out text"] = array_fingerprint(text.held_out)
     return identity

@@ -1,14 +1,13 @@
 """Writes what a recovery gives: the trained parameters in the checkpoint's dtypes, and the masks unchanged."""
 
 import math
-import shutil
 
 import numpy as np
 
-from barber_jax.console.files import writing
 from barber_jax.convert.checkpoint import Checkpoint
 from barber_jax.convert.export import MASKS, FolderWriter
 from barber_jax.convert.parameters import to_hf
+from barber_jax.convert.tied_head import copies
 from barber_jax.devices.mesh import Devices
 from barber_jax.forward.passes import Parameters
 from barber_jax.models.family import Model
@@ -52,14 +51,15 @@ def write_result(
                 written.add(tensor)
         else:
             table = model.names.embed if name.startswith(EMBED) else model.names.head
-            _write(checkpoint, masks, writer, table[path], path, devices.fetch(value), False)
-            written.add(table[path])
+            value = devices.fetch(value)
+            for tensor in (table[path], *copies(checkpoint, model, table[path])):
+                _write(checkpoint, masks, writer, tensor, path, value, False)
+                written.add(tensor)
     if writer:
         writer.finish(written)
         if masks.file:
             # Byte for byte, whoever wrote it.
-            with writing(writer.folder / MASKS):
-                shutil.copyfile(masks.file, writer.folder / MASKS)
+            masks.file.copy(writer.folder / MASKS)
     return movement
 
 

@@ -26,13 +26,13 @@ class MaskSource:
         read: returns the mask of a weight, bool [out, in], True = kept, by its Hugging Face name.
         pattern: "unstructured" or N:M such as "2:4".
         sparsity: fraction of the prunable weights that is pruned.
-        file: the mask file, if there is one.
+        file: the mask file, opened, if there is one.
     """
 
     read: Callable[[str], np.ndarray]
     pattern: str
     sparsity: float
-    file: Path | None = None
+    file: Masks | None = None
 
 
 def open_masks(given: Path | None, checkpoint: Checkpoint, model: Model) -> MaskSource:
@@ -63,7 +63,7 @@ def open_masks(given: Path | None, checkpoint: Checkpoint, model: Model) -> Mask
                 f"{masks.path} prunes weights of {first} that {checkpoint.location} keeps, although that is pruned; "
                 "give the masks of this checkpoint"
             )
-        return MaskSource(masks.read, masks.pattern, pruned / total, masks.path)
+        return MaskSource(masks.read, masks.pattern, pruned / total, masks)
     if zeros < SPARSE * total:
         raise BarberError(
             f"{checkpoint.location} is not pruned ({zeros} of {total} prunable weights are 0) and there is no "

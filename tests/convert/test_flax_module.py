@@ -231,9 +231,15 @@ def test_what_save_refuses(pruned, tiny, tmp_path):
     refused(module, {**masks, "head": np.True_, "unknown": np.True_}, out, "mask unknown has no parameter")
     vector = {**masks, "head": {**masks["head"], "norm": np.zeros(32, bool)}}
     refused(module, vector, out, "mask head.norm.scale: only the linears of the decoder blocks")
+    # The weights would fit, but not the configuration.
+    refused(module, masks, out, "its rope theta .*like=", like=tiny(rope_theta=5e5))
     module.source = ""
     refused(module, masks, out, "like=")
     kernel = module.layers[0].mlp.up_proj.kernel
+    floats = kernel[...]
+    kernel.set_value(floats.astype(jnp.int8))
+    refused(module, masks, out, "up_proj.kernel of the module is int8, not floating-point", like=pruned)
+    kernel.set_value(floats)
     kernel[...] = jnp.where(masks["layers"][0]["mlp"]["up_proj"]["kernel"], jnp.inf, 0)
     refused(module, masks, out, "up_proj.weight gets values that do not fit", like=pruned)
 
@@ -245,6 +251,13 @@ def test_values_that_do_not_fit_the_dtype(tmp_path):
     save_file(tensors, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
     with pytest.raises(BarberError, match=r"up_proj.weight does not fit float16; load it with dtype='float32'"):
         barber_jax.load(tmp_path / "dense", dtype="float16")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bool", "complex64", "float64", "float8_e4m3fn", "nonsense", object])
+def test_dtypes_that_lose_values_are_refused(tiny, dtype):
+    for argument in ("dtype", "compute_dtype"):
+        with pytest.raises(BarberError, match=rf"^{argument} .* is not one of float32, float16, bfloat16"):
+            barber_jax.load(tiny(), **{argument: dtype})
 
 
 def test_structure_without_allocation(tiny):

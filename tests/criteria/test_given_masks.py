@@ -10,7 +10,12 @@ from cli import prune_masks
 from safetensors.numpy import load_file, save_file
 
 from barber_jax.console.errors import BarberError
+from barber_jax.convert.checkpoint import open_checkpoint
+from barber_jax.criteria.starting import SparseCheckpointStart
+from barber_jax.devices.mesh import Devices
 from barber_jax.masks.mask_file import read_masks
+from barber_jax.masks.pattern import SparsityPattern
+from barber_jax.models import build_model
 
 SMALL = ["--samples", 4, "--length", 16]
 
@@ -196,3 +201,12 @@ def test_masks_and_checkpoints_of_another_model_are_errors(tmp_path, ckpt):
             run(tmp_path, "out", "--masks", masks)
         with pytest.raises(BarberError, match=said):
             run(tmp_path, "out", "--sparse-ckpt", masks.parent)
+
+
+def test_a_pruned_checkpoint_with_other_settings_is_refused(tmp_path, ckpt):
+    """Its weights have the right shapes, but were made for other activations."""
+    write_model(tmp_path / "sparse", rope_theta=5e5, vocab_size=99)
+    dense, sparse = (open_checkpoint(str(tmp_path / name)) for name in ("dense", "sparse"))
+    model = build_model(dense.config, np.dtype("float32"))
+    with pytest.raises(BarberError, match=r"sparse: its rope theta .* is 500000.0, that of .*dense is 10000.0"):
+        SparseCheckpointStart(sparse, dense, model, SparsityPattern.parse("unstructured", 0.5), Devices())

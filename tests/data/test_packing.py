@@ -262,6 +262,7 @@ def test_grain_is_imported_where_it_is_used_and_says_nothing():
         (np.arange(3), r"3 tokens \(0 windows\), but 0 .* need 5;", {"held_out": 0}),
         (np.ones((3, 4), int), r"12 tokens \(0 windows\)", {}),
         (np.ones((2, 3, 4), int), r"shape \(2, 3, 4\) has 3 axes", {}),
+        (np.array(1), r"shape \(\) has 0 axes", {}),
         (np.ones(20), "holds float64", {}),
         (np.array([*range(40), -1]), r"id -1 at \[40\] is outside", {}),
         (np.full((6, 20), 2**40), r"id 1099511627776 at \[0, 0\] is outside", {}),

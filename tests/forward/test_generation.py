@@ -1,5 +1,6 @@
 """Generation with a key-value cache: a Flax module's and a resident model's, greedy and sampled."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
@@ -9,7 +10,7 @@ import barber_jax
 from barber_jax import BarberError
 from barber_jax.convert.checkpoint import open_checkpoint
 from barber_jax.devices.mesh import Devices
-from barber_jax.forward.generation import Sampling
+from barber_jax.forward.generation import Sampling, choose, run
 from barber_jax.forward.resident import ResidentModel
 from barber_jax.models import build_model
 
@@ -124,9 +125,30 @@ def test_a_resident_model_draws_the_same(tiny, llama, mesh):
         ({"temperature": -1.0}, "temperature -1.0"),
         ({"temperature": float("nan")}, "temperature nan"),
         ({"seed": -1}, "seed -1"),
+        ({"seed": 1.5}, "seed 1.5"),
+        ({"ids": PROMPTS.astype("timedelta64[s]")}, "token ids .* not timedelta64"),
+        ({"ids": [[1, 2], [3]]}, "token ids .* not object"),
+        ({"lengths": [9.0, 7.0, 7.0]}, "lengths must be 3 numbers"),
+        ({"tokens": 2.5}, "tokens 2.5 is not a number of tokens"),
+        ({"end": 97}, "end 97 is not one of the model's 97 tokens"),
+        ({"end": 1.5}, "end 1.5"),
+        # In float32 the one is 0 and the other infinite.
+        ({"temperature": 1e-46}, "temperature 1e-46"),
+        ({"temperature": 1e39}, r"temperature 1e\+39"),
+        ({"temperature": "warm"}, "temperature warm"),
     ],
     ids=lambda given: next(iter(given)) if isinstance(given, dict) else "",
 )
 def test_what_does_not_fit_the_model(llama, changes, said):
     with pytest.raises(BarberError, match=said):
         barber_jax.generate(llama, **{"ids": PROMPTS, "lengths": LENGTHS, "tokens": 4, **changes})
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_give_no_token(temperature):
+    drawing, position = Sampling.of(temperature, 0, np.arange(3)), np.zeros(3, np.int32)
+    token = choose(jnp.array([[0.0, 1.0], [0.0, jnp.nan], [jnp.inf, 0.0]]), position, drawing)
+    assert token[0] in (0, 1) and token[1:].tolist() == [-1, -1]
+    with pytest.raises(BarberError, match=r"logits are NaN or Inf.*use float32 or bfloat16"):
+        steps = (lambda *_, **__: (token, None)), (lambda *_, **__: (token[:, None], token, None))
+        run(*steps, np.zeros((3, 2), int), np.full(3, 2), 1, 1, lambda made: False, drawing)

@@ -110,6 +110,9 @@ def test_name_table_covers_transformers_names_and_goes_both_ways(tmp_path):
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps"),
         ({"attention_bias": "no"}, "attention_bias"),
+        # transformers computes attention in both directions, for null too.
+        ({"is_causal": False}, "is_causal False: attention in both directions is not supported"),
+        ({"is_causal": None}, "is_causal None"),
     ],
 )
 def test_what_is_not_known_is_refused_by_name(change, said, tmp_path):

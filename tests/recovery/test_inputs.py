@@ -130,6 +130,7 @@ def test_options_that_do_not_fit_the_model_the_text_or_the_devices(changes, says
         ("llama", {"hidden_size": 64, "head_dim": 16}, "its hidden is 64, that of"),
         ("llama", {"num_hidden_layers": 3}, "its layers is 3, that of"),
         ("llama", {"intermediate_size": 64}, "mlp."),
+        ("llama", {"rope_theta": 5e5}, "its rope theta (config.json) is 500000.0, that of"),
         ("opt", {}, "its model type is opt, that of"),
     ],
     ids=str,
