@@ -26,7 +26,7 @@ from barber_jax.masks.keep_pruned import zero_pruned
 from barber_jax.recovery import training
 from barber_jax.recovery.checkpoints import Checkpoints, DamagedRun
 from barber_jax.recovery.cost import operations_per_token
-from barber_jax.recovery.inputs import Prepared, compute_dtype, prepare
+from barber_jax.recovery.inputs import Prepared, check_log_dir, compute_dtype, prepare
 from barber_jax.recovery.loop import Log, Outcome, Setup, run_steps
 from barber_jax.recovery.objective import Objective
 from barber_jax.recovery.program import ALL, Program, load, load_masks
@@ -53,6 +53,7 @@ def recover(config: RecoverConfig) -> dict:
     text = None if config.text == SELF else config.text
     inputs = [config.ckpt, config.teacher, text, config.masks, config.eval_text]
     paths = [Path(given) for given in inputs if given]
+    check_log_dir(config)
     with claimed(config.out, config.overwrite, paths) if is_primary() else contextlib.nullcontext():
         return _recover(config)
 
@@ -79,6 +80,9 @@ def _recover(config: RecoverConfig) -> dict:
             peak = max(matmul_rates(run.model, config.micro_batch * config.length, compute_dtype(config)).values())
             setup, state = begin(run)
             outcome = train(run, setup, state, checkpoints, progress, events)
+            if events:
+                # Here, where a full disk is no more than a reason to resume.
+                events.close()
             values, written = chosen_values(config, setup, outcome, checkpoints)
             movement = write_result(run.checkpoint, run.model, run.masks, run.devices, writer, values)
             if writer:

@@ -16,5 +16,5 @@ May import: console, masks, models, data.
 | `export`, `safetensors_writer`, `formats` | writers |
 | `finite` | refusal of values that do not fit their dtype |
 | `mask_file` | re-export of `masks.mask_file` under its former path |
-| `torch_masks`, `apply_masks` | masks in PyTorch; these import torch and never JAX |
+| `torch_masks`, `torch_model`, `apply_masks` | masks and models in PyTorch; these import torch and never JAX |
 """

@@ -10,9 +10,10 @@ from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.extras import needs
 from barber_jax.console.locks import output_lock
-from barber_jax.console.outputs import new_folder
+from barber_jax.console.outputs import new_folder, require_unmounted
 from barber_jax.console.quiet import held_output
 from barber_jax.convert.tokenizer_files import save_tokenizer
+from barber_jax.convert.torch_model import load_model
 from barber_jax.masks.mask_file import read_masks
 
 if TYPE_CHECKING:
@@ -55,10 +56,13 @@ def _apply(config: ApplyConfig) -> None:
     out = config.out
     if out and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise BarberError(f"--out {out} exists and is not an empty folder; give another folder")
+    if out:
+        require_unmounted(out)
     masks = read_masks(config.masks)
     with needs("torch"):
         from barber_jax.convert import torch_masks
-    model = _load_model(config.model)
+    # It computes nothing, so every model can have the plainest attention.
+    model = load_model(config.model, "--model", "eager", dtype="auto")
     report = torch_masks.check_masks(model, masks)
     if not report.ok and not config.check_only:
         where = "" if out else " (in memory only: --out DIR saves the model)"
@@ -71,30 +75,6 @@ def _apply(config: ApplyConfig) -> None:
     if out:
         _require_finite(config.model, model)
         _save(config.model, model, out)
-
-
-def _load_model(spec: str) -> "transformers.PreTrainedModel":
-    import transformers
-
-    try:
-        settings = {"dtype": "auto", "output_loading_info": True}
-        model, loading = transformers.AutoModelForCausalLM.from_pretrained(spec, trust_remote_code=False, **settings)
-    except BaseException as error:  # transformers passes on exceptions of its file readers, of many types
-        if not causes.is_foreign(error):
-            raise
-        if "trust_remote_code" in str(error):
-            raise BarberError(
-                f"--model {spec}: it is Python code of the checkpoint's own (auto_map in config.json), which is never "
-                "run; load the model in a program of your own and use barber_jax.convert.torch_masks there"
-            ) from None
-        raise BarberError(f"--model {spec}: cannot load it: {str(error) or type(error).__name__}") from error
-    if loading["missing_keys"]:
-        # transformers fills it with random weights and goes on.
-        raise BarberError(
-            f"--model {spec}: tensor {min(loading['missing_keys'])} is not in it under this name; "
-            "python -m barber_jax.convert writes the model with the usual names"
-        )
-    return model
 
 
 def _require_finite(spec: str, model: "transformers.PreTrainedModel") -> None:

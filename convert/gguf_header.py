@@ -21,6 +21,9 @@ VERSIONS = (2, 3)
 MAX_DIMENSIONS = 4
 # Bytes of one string or array: more than any vocabulary or chat template needs, so a larger count means damage.
 MAX_VALUE_BYTES = 1 << 24
+# Bytes of a whole header: vocabularies of a quarter of a million tokens take a tenth. A file of zeros of some gigabytes
+# could otherwise stand for as many empty strings as memory holds.
+MAX_HEADER_BYTES = 1 << 27
 
 SCALARS = {
     GGUFValueType.UINT8: "<u1",
@@ -86,13 +89,14 @@ class _Cursor:
     """Reads the header's values in sequence."""
 
     def __init__(self, handle: BinaryIO):
-        self._handle = handle
+        self._handle, self._left = handle, MAX_HEADER_BYTES
 
     def position(self) -> int:
         return self._handle.tell()
 
     def take(self, count: int) -> bytes:
-        data = self._handle.read(count) if count <= MAX_VALUE_BYTES else b""
+        data = self._handle.read(count) if count <= min(MAX_VALUE_BYTES, self._left) else b""
+        self._left -= len(data)
         if len(data) != count:
             raise _Damaged("the header is damaged or the file is cut short")
         return data

@@ -5,6 +5,7 @@ measurements alternate, so that other load on the machine affects both alike. Ne
 """
 
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from barber_jax.console.command import parse
@@ -21,7 +21,9 @@ from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.extras import needs
 from barber_jax.console.options import flag
 from barber_jax.console.outputs import output_file, write_whole
+from barber_jax.console.terminal import plain_console
 from barber_jax.convert.checkpoint import open_checkpoint
+from barber_jax.convert.torch_model import load_model
 from barber_jax.data.calibration import load_ids
 from barber_jax.data.windows import cut_windows
 from barber_jax.devices.settings import prepare_jax
@@ -79,9 +81,8 @@ def torch_perplexity(folder: str, windows: np.ndarray) -> Callable[[], float]:
         windows: int32 [N, L] token ids.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
+    model = load_model(folder, "--ckpt", dtype=torch.float32).eval()
     if torch.cuda.is_available():
         model = model.cuda()
 
@@ -107,13 +108,15 @@ def run(arguments: list[str] | None = None) -> None:
             given = {name: getattr(config, name) for name in names if name != "text"}
             training = against_torch_recover.Training(text=str(config.tokens), **given)
             figures = against_torch_recover.compare(training)
-            against_torch_recover.show(training, figures)
+            show = functools.partial(against_torch_recover.show, training)
         else:
             figures = compare_perplexity(config)
-            show_perplexity(config, figures)
+            show = functools.partial(show_perplexity, config)
+        # Before it is printed: standard output may be gone.
         if file:
             options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(config).items()}
             write_whole(file, json.dumps({"options": options, **figures}, indent=1) + "\n")
+    show(figures)
 
 
 def compare_perplexity(config: AgainstTorchConfig) -> dict:
@@ -153,7 +156,7 @@ def show_perplexity(config: AgainstTorchConfig, figures: dict) -> None:
         best = min(program["seconds"])
         speed, relative = f"{figures['tokens'] / best:.0f}", f"{baseline / best:.2f} x"
         table.add_row(name, f"{program['perplexity']:.4f}", f"{best:.2f}", speed, relative)
-    Console().print(table)
+    plain_console().print(table)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from barber_jax.console.errors import BarberError
 from barber_jax.console.extras import needs
 from barber_jax.console.progress import Progress
+from barber_jax.console.terminal import plain_console
 from barber_jax.convert.hf_folder import HFFolder
+from barber_jax.convert.torch_model import load_model
 from barber_jax.data.packing import batches
 from barber_jax.recover import begin
 from barber_jax.recovery.inputs import Prepared, prepare
@@ -121,17 +122,17 @@ def torch_step(run: Prepared) -> Step:
     """The same step of transformers' model in PyTorch."""
     import torch
     from torch.nn import functional
-    from transformers import AutoModelForCausalLM
 
     config = run.config
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def load(checkpoint: HFFolder) -> torch.nn.Module:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, trust_remote_code=False)
+    def load(checkpoint: HFFolder, option: str) -> torch.nn.Module:
+        model = load_model(str(checkpoint.folder), option, dtype=torch.float32)
         # No dropout: it would make the losses differ, and distillation does without.
         return model.eval().requires_grad_(False).to(device)
 
-    student, teacher = load(run.checkpoint), load(run.teacher) if run.teacher else None
+    student = load(run.checkpoint, "--ckpt")
+    teacher = load(run.teacher, "--teacher") if run.teacher else None
     weights = {name: student.get_parameter(name).requires_grad_() for name in run.model.pruned_names()}
     masks = {name: torch.from_numpy(run.masks.read(name)).to(device, torch.float32) for name in weights}
     scales = {}
@@ -190,6 +191,6 @@ def show(training: Training, figures: dict[str, Any]) -> None:
         table.add_row(
             name, f"{first:.5f}", f"{last:.5f}", f"{seconds:.2f}", f"{speed:.0f}", f"{speed / baseline:.2f} x"
         )
-    console = Console(highlight=False)
+    console = plain_console()
     console.print(table)
     console.print(f"largest difference of the losses of a step: {figures['largest_difference']:.1e}")

@@ -11,7 +11,6 @@ not.
 import dataclasses
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,13 +21,13 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from barber_jax.config import FileOptions, PruneConfig
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.options import OptionGroup, flag
 from barber_jax.console.outputs import output_file, write_whole
+from barber_jax.console.terminal import FILE_WIDTH, plain_console
 from barber_jax.convert.checkpoint import open_checkpoint
 from barber_jax.devices.peak import matmul_rates
 from barber_jax.devices.settings import prepare_jax
@@ -228,7 +227,7 @@ def show(figures: dict) -> None:
             f"{row['flops'] / 1e9:.1f}" if counted else "",
             f"{row['fraction_of_peak']:.1%}" if counted else "",
         )
-    console = Console(width=None if sys.stdout.isatty() else 100)
+    console = plain_console(width=FILE_WIDTH)
     console.print(table)
     compilation, cache, wall = figures["compilation"], figures["compilation"]["cache"], figures["wall_seconds"]
     memory, device = figures["peak_memory"], figures["device"]
@@ -245,7 +244,7 @@ def show(figures: dict) -> None:
         f"{device['kind']} ({device['platform']}), jax {figures['versions']['jax']}",
     ]
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 def run(arguments: list[str] | None = None) -> None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from barber_jax.config import PruneConfig
@@ -19,6 +18,7 @@ from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.locks import output_lock
 from barber_jax.console.outputs import write_whole
+from barber_jax.console.terminal import FILE_WIDTH, plain_console
 from barber_jax.data.text import read_documents
 from barber_jax.devices.settings import prepare_jax
 from barber_jax.prune import prune
@@ -93,7 +93,7 @@ def show(record: dict) -> None:
         "block loss, before and after the rebuild", f"{totals['loss_before']:.1f}", f"{totals['loss_after']:.1f}"
     )
     table.add_row("seconds", "", f"{totals['seconds']:.0f}")
-    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+    console = plain_console(width=FILE_WIDTH)
     console.print()
     console.print(table)
     console.print(

@@ -35,6 +35,7 @@ from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.files import expand, writing
 from barber_jax.console.locks import output_lock
 from barber_jax.console.outputs import write_whole
+from barber_jax.console.terminal import plain_console
 from barber_jax.eval import device_page, synthetic
 from barber_jax.eval.device_kernels import PRECISIONS, SHAPES, ShapeName
 from barber_jax.eval.device_page import CHECK_FILE, FORMAT, VERSION
@@ -257,7 +258,7 @@ def run(arguments: list[str] | None = None) -> None:
     config = parse(DeviceCheckConfig, "barber_jax.eval.device_check", arguments)
     out = expand(config.out)
     with output_lock(out):
-        content = device_check(dataclasses.replace(config, out=out), Console(stderr=True))
+        content = device_check(dataclasses.replace(config, out=out), plain_console(sys.stderr))
     print(device_page.markdown_page([(out.resolve().name, content)]))
     print(f"{out / CHECK_FILE}, {Path(CHECK_FILE).with_suffix('.html')}")
     if not any(step["status"] == "done" for step in content["steps"]):

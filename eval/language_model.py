@@ -5,6 +5,7 @@ number of tokens, so that only a handful of programs is compiled. Results match 
 truncation from the left, natural logarithms.
 """
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -14,10 +15,10 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from rich.console import Console
 from rich.progress import Progress
 
 from barber_jax.console.errors import BarberError
+from barber_jax.console.terminal import plain_console
 from barber_jax.convert.checkpoint import open_checkpoint
 from barber_jax.convert.parameters import check_tensors
 from barber_jax.data.text import tokenizing
@@ -264,7 +265,7 @@ class BarberLM(TemplateLM):
             by_length.setdefault(padded_length(len(tokens), self.max_length), []).append(tokens)
         data = self._devices.shape[0]
         batch_tokens = CPU_BATCH_TOKENS if self._devices.used[0].platform == "cpu" else DEVICE_BATCH_TOKENS
-        console = Console(stderr=True, quiet=quiet)
+        console = plain_console(sys.stderr, quiet=quiet)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task(what, total=len(sequences))
             for length in sorted(by_length, reverse=True):

@@ -1,18 +1,20 @@
 """python -m barber_jax.eval.study: compare runs (methods, devices, dtypes) in Markdown, JSON and HTML."""
 
+import functools
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from rich.console import Console
 
 from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.files import expand, writing
 from barber_jax.console.locks import output_lock
 from barber_jax.console.outputs import write_whole
+from barber_jax.console.terminal import plain_console
 from barber_jax.eval import device_page
 from barber_jax.eval.agreement import agreement, incomparable_reason
 from barber_jax.eval.grid import read_grid, run_grid
@@ -135,8 +137,8 @@ def run(arguments: list[str] | None = None) -> None:
     folders = list(config.folders)
     with output_lock(out):
         if config.grid:
-            console = Console(stderr=True, highlight=False, soft_wrap=True)
-            folders += run_grid(read_grid(list(config.grid)), config.ckpt, out, console.print)
+            say = functools.partial(plain_console(sys.stderr).print, soft_wrap=True)
+            folders += run_grid(read_grid(list(config.grid)), config.ckpt, out, say)
         checked = [folder for folder in map(expand, folders) if (folder / device_page.CHECK_FILE).is_file()]
         checks = device_page.read_checks(checked)
         runs = load_runs([folder for folder in folders if expand(folder) not in checked])

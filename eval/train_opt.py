@@ -20,13 +20,13 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import lax
-from rich.console import Console
 from rich.progress import track
 
 from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.files import writing
 from barber_jax.console.outputs import new_folder
+from barber_jax.console.terminal import plain_console
 from barber_jax.convert.checkpoint import open_checkpoint
 from barber_jax.convert.export import claimed
 from barber_jax.convert.hf_folder import WEIGHTS
@@ -242,7 +242,7 @@ def train(model: Model, ids: np.ndarray, config: TrainConfig) -> tuple[Parameter
     source = batches(ids, config.batch, config.length, config.seed)
     # Every call takes the same number of steps, so that only one program is compiled.
     size = next(n for n in range(min(MAX_STEPS_PER_CALL, config.steps), 0, -1) if config.steps % n == 0)
-    console = Console(file=sys.stderr, highlight=False)
+    console = plain_console(sys.stderr)
     losses = np.empty(0, np.float32)
     for _ in track(range(config.steps // size), "training", console=console, disable=not console.is_terminal):
         state, values = train_steps(definition, optimizer, state, np.stack([next(source) for _ in range(size)]))

@@ -9,7 +9,6 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from barber_jax.console.command import parse
@@ -17,6 +16,7 @@ from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.extras import needs
 from barber_jax.console.files import expand
 from barber_jax.console.outputs import output_file, write_whole
+from barber_jax.console.terminal import plain_console
 from barber_jax.devices.options import ComputeDtype
 from barber_jax.devices.settings import prepare_jax
 
@@ -143,7 +143,7 @@ def run(arguments: list[str] | None = None) -> None:
         record = evaluate(config)
         if file:
             write_whole(file, json.dumps(record, indent=1) + "\n")
-    Console().print(table(record))
+    plain_console().print(table(record))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ May import: nothing of this package.
 | `extras` | optional packages |
 | `progress` | live progress bar, or plain lines, on stderr |
 | `notes` | single lines on stderr that are no error |
+| `terminal` | consoles of rich for tables and lines |
 | `interrupt` | reliable handling of Ctrl-C, SIGTERM and SIGHUP |
 | `startup` | the time before `exit_with_one_line`: failing imports, and whether JAX can start |
 | `streams` | standard streams that are closed, full or gone |

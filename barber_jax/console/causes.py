@@ -51,10 +51,20 @@ def explain(error: BaseException) -> str | None:
         return f"{_first_line(text)}; correct the environment variable {name}, or unset it"
     if is_panic(error):
         return f"the tokenizers library failed ({text}); the tokenizer's files are damaged: fetch them again"
+    if isinstance(error, Warning) and sys.warnoptions:
+        what = f"{type(error).__name__}: {_first_line(text)}"
+        return f"a warning was made an error by PYTHONWARNINGS or python -W ({what}); unset it, or use 'default' there"
     if isinstance(error, OSError):
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            return f"{error.strerror}{f' ({_shown(error)})' if error.filename else ''}; raise the limit (ulimit -n)"
+        if error.errno == errno.ENOENT and error.filename is None:
+            if "temporary directory" in text:
+                return "there is no folder for temporary files that can be written; set TMPDIR to one"
+            if _no_current_folder():
+                return "the current folder was deleted; change to one that exists"
         # With a file name it is a path that the system refuses: too long, not permitted, or deleted meanwhile.
         if error.filename is not None:
-            return f"{os.fsdecode(_as_path(error.filename))}: {error.strerror}; fix this path or give another path"
+            return f"{_shown(error)}: {error.strerror}; fix this path or give another path"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return f"{error.strerror}; free some space, or write to another place"
     return None
@@ -65,8 +75,18 @@ def _place(error: BaseException) -> str:
     return "".join(f" at {note}" for note in getattr(error, "__notes__", [])[:1])
 
 
-def _as_path(name: object) -> str | bytes:
-    return name if isinstance(name, str | bytes) else str(name)
+def _shown(error: OSError) -> str:
+    """The file that an error names."""
+    name = error.filename
+    return os.fsdecode(name if isinstance(name, str | bytes) else str(name))
+
+
+def _no_current_folder() -> bool:
+    try:
+        os.getcwd()
+    except OSError:
+        return True
+    return False
 
 
 def is_panic(error: BaseException) -> bool:

@@ -25,6 +25,9 @@ MAX_ITEMS = 4_000_000
 """Most values and names in a document, each counted as often as it occurs: YAML's aliases repeat their value."""
 MAX_CHARACTERS = 4 * MAX_BYTES
 """Most characters in all texts of a document together, counted in the same way."""
+MAX_BITS = 8192
+"""Longest integer. Python does not print one of more than 4300 digits, so no message could quote it."""
+LONG_INTEGER = "an integer of more digits than are read"
 
 
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -35,10 +38,13 @@ class _YAMLLoader(yaml.BaseLoader):
     """BaseLoader that refuses a key that stands twice in a mapping, as TOML does: one of the two would be ignored."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = next((key for key in keys if keys.count(key) > 1), None) if len(keys) != len(set(keys)) else None
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} stands there twice", node.start_mark)
+        keys: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in keys:
+                    what = f"{key.value!r} stands there twice"
+                    raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)
+                keys.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -70,8 +76,7 @@ def parse(text: str, kind: str = "json") -> Any:
     except RecursionError:
         raise DocumentError("nested too deeply") from None
     except (ValueError, yaml.YAMLError) as error:
-        digits = "an integer of more digits than are read" if "integer string conversion" in str(error) else None
-        raise DocumentError(digits or str(error)) from None
+        raise DocumentError(LONG_INTEGER if "integer string conversion" in str(error) else str(error)) from None
     _check_bounds(content)
     return content
 
@@ -150,6 +155,9 @@ def _check_bounds(content: Any) -> None:
         for value in level:
             if isinstance(value, str):
                 characters += len(value)
+            elif isinstance(value, int) and value.bit_length() > MAX_BITS:
+                # TOML's hexadecimal numbers have no limit of Python's.
+                raise DocumentError(LONG_INTEGER)
             elif isinstance(value, dict):
                 below += value.keys()
                 below += value.values()

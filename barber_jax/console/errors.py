@@ -1,5 +1,6 @@
 """Errors, and how a command reports them: as one line on stderr."""
 
+import contextlib
 import os
 import re
 import sys
@@ -59,7 +60,9 @@ def exit_with_one_line(main: Callable[[], None]) -> None:
     try:
         with causes.held_warnings(), interrupt.reraised():
             main()
+            sys.stdout.flush()
     except (SystemExit, GeneratorExit):
+        _flush_results()
         raise
     except BaseException as error:  # a panic of the tokenizers library is not an Exception
         exit_for(error)
@@ -79,6 +82,13 @@ def exit_for(error: BaseException) -> NoReturn:
     _fail(*((known, 2) if known else (causes.unexpected(error), 1)))
 
 
+def _flush_results() -> None:
+    """Write what is left of standard output; an error there would be a second one."""
+    with contextlib.suppress(BarberError, OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+
+
 def _fail(message: str, status: int) -> NoReturn:
+    _flush_results()
     print("error: " + one_line(message), file=sys.stderr)
     raise SystemExit(status) from None

@@ -70,6 +70,12 @@ def output_file(path: Path | None, option: str = "--json") -> Iterator[Path | No
         yield path
 
 
+def require_unmounted(out: Path) -> None:
+    """Raise `BarberError` if a folder is a mount point: an empty one, too, cannot get another's place."""
+    if os.path.ismount(expand(out)):
+        raise BarberError(f"{out} is a mount point, which cannot be replaced; name a new folder inside it")
+
+
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """Context manager that makes a folder to write into, which gets the name `out` at the end of the body.
@@ -81,6 +87,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     out = Path(os.path.realpath(expand(out)))
     folder = out.with_name(out.name + PARTIAL)
+    require_unmounted(out)
     with writing(folder):
         # Only a killed command leaves a folder of this name behind.
         shutil.rmtree(folder, ignore_errors=True)

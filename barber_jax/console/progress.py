@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from barber_jax.console.streams import ForgivingStream
+from barber_jax.console.terminal import plain_console
 
 
 class Progress:
@@ -26,13 +26,12 @@ class Progress:
         self.verbose, self.plain_every = verbose, plain_every
         stderr = ForgivingStream(sys.stderr)
         # In a log file a line must stay one line: rich would wrap it at 80 columns.
-        width = None if stderr.isatty() else 10_000
-        self._console = Console(file=stderr, highlight=False, width=width, quiet=silent)
+        self._console = plain_console(stderr, 10_000, silent)
         self.bar = Bar(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self._console,
@@ -54,7 +53,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Print one line, above the live bar if there is one."""
-        self.bar.console.print(line, markup=False, soft_wrap=True)
+        self.bar.console.print(line, soft_wrap=True)
 
     @contextmanager
     def phase(self, name: str, total: int, announce: bool = False) -> Iterator["Phase"]:

@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from barber_jax.console.errors import BarberError
+
 
 @contextlib.contextmanager
 def held_output() -> Iterator[None]:
@@ -16,7 +18,7 @@ def held_output() -> Iterator[None]:
     It then goes to stderr: what a library says is no result. After an exception it is dropped: a panic of a library
     written in Rust is printed before Python can catch it.
     """
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+    with contextlib.suppress(BarberError, OSError, ValueError, AttributeError):
         # What this program has printed before stays where it belongs.
         sys.stdout.flush()
     with contextlib.ExitStack() as stack:

@@ -1,12 +1,12 @@
 """Standard streams that cannot be written: closed, on a full disk, or a terminal that is gone.
 
-What a run prints on stderr helps whoever watches; it is never a reason for the run to fail. Results on stdout are: an
-error there is left to the command.
+What a run prints on stderr helps whoever watches; it is never a reason for the run to fail. Results on stdout are.
 """
 
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 _ERRORS = (OSError, ValueError)  # ValueError: the stream is closed
@@ -50,8 +50,54 @@ class ForgivingStream:
         return getattr(self._stream, name)
 
 
+class ResultStream:
+    """Standard output: what cannot be written is a `BarberError`, once; everything else is the given stream's.
+
+    Python itself would print such an error as a traceback, when the command has ended.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write `text` and return its length. Raises `BarberError`."""
+        with self._told():
+            return self._stream.write(text)
+
+    def writelines(self, lines) -> None:
+        """Write several texts, as `write`."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """Flush the stream. Raises `BarberError`."""
+        with self._told():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            # `errors` needs this module.
+            from barber_jax.console.errors import BarberError
+
+            with contextlib.suppress(*_ERRORS):
+                # What is left in Python's buffer goes there.
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, self._stream.fileno())
+                os.close(null)
+            raise BarberError(
+                f"standard output cannot be written: {error.strerror}; what was printed last is lost, print elsewhere"
+            ) from error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def protect() -> None:
-    """From now on a standard error that cannot be written stops no command. For the start of a process.
+    """From now on a standard error that cannot be written stops no command, and a standard output that cannot is one
+    line. For the start of a process.
 
     Descriptors 0 to 2 that are closed are opened on the null device: the next file that is opened would get their
     numbers, and what libraries print would be written into it.
@@ -61,6 +107,11 @@ def protect() -> None:
     os.close(descriptor)
     if sys.stdout is None:
         sys.stdout = _null()
+    if not isinstance(sys.stdout, ResultStream):
+        if getattr(sys.stdout, "errors", None) == "strict" and hasattr(sys.stdout, "reconfigure"):
+            # Another encoding than UTF-8 may lack letters of a name: no reason to lose results.
+            sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout = ResultStream(sys.stdout)
     if not isinstance(sys.stderr, ForgivingStream):
         sys.stderr = ForgivingStream(sys.stderr)
 

@@ -61,10 +61,11 @@ def join(coordinator: str | None, processes: int | None, process: int | None, pu
             shutdown_timeout_seconds=SHUTDOWN_S,
             **options,
         )
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:
+        # JAX reads many variables of a cluster, and raises KeyError and others for what is missing or odd there.
         if coordinator is None and not _is_multi_process():
             return  # A TPU machine that is not part of a pod.
-        cause = str(error).strip().split("\n")[0]
+        cause = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else repr(error)
         where = coordinator or "the cluster's coordinator"
         raise BarberError(f"--coordinator: cannot join the other processes through {where} ({cause})") from error
     if jax.process_index():
@@ -140,13 +141,21 @@ def in_cluster() -> bool:
     return _is_multi_process() or ("tpu" in platforms and importlib.util.find_spec("libtpu") is not None)
 
 
+def _count(variable: str) -> int:
+    """The number of processes in an environment variable, 1 where it is not set."""
+    given = os.environ.get(variable, "1")
+    if not given.isdecimal():
+        raise BarberError(f"{variable}={given} in the environment is no number of processes; correct or unset it")
+    return int(given)
+
+
 def _is_multi_process() -> bool:
     """Whether environment variables of the cluster name several processes."""
     variables = os.environ
     return (
-        ("SLURM_PROCID" in variables and int(variables.get("SLURM_NTASKS", 1)) > 1)
+        ("SLURM_PROCID" in variables and _count("SLURM_NTASKS") > 1)
         or ("KUBERNETES_SERVICE_HOST" in variables and "JOB_COMPLETION_INDEX" in variables)
-        or ("OMPI_MCA_orte_hnp_uri" in variables and int(variables.get("OMPI_COMM_WORLD_SIZE", 1)) > 1)
+        or ("OMPI_MCA_orte_hnp_uri" in variables and _count("OMPI_COMM_WORLD_SIZE") > 1)
         or "," in variables.get("TPU_WORKER_HOSTNAMES", "")
         or "TPU_PROCESS_ADDRESSES" in variables
     )

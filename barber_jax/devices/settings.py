@@ -42,9 +42,16 @@ RESULTS_DEPEND_ON = {
     "jax_threefry_partitionable": True,
     "jax_numpy_dtype_promotion": "standard",
     "jax_numpy_rank_promotion": "allow",
+    "jax_random_seed_offset": 0,
+    "jax_legacy_prng_key": "allow",
+    "jax_transfer_guard": "allow",
+    "jax_disable_jit": False,
+    "jax_debug_nans": False,
+    "jax_debug_infs": False,
+    "jax_debug_key_reuse": False,
 }
-"""Settings of JAX under which the same command would give something else, or fail: a user's JAX_ENABLE_X64, meant for
-another program, changes nothing."""
+"""Settings of JAX under which the same command would give something else, fail, or take a hundred times as long: a
+user's JAX_ENABLE_X64, meant for another program, changes nothing."""
 GPU_FLAGS = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_enable_triton_gemm=false")
 """Flags of XLA. By default it times several kernels for every matrix product and takes the fastest: compiling takes
 long, and two runs may choose, and so round, differently. With cuBLAS alone there is nothing to choose."""

@@ -19,6 +19,8 @@ DTYPES = {
 """Name -> dtype of the arrays that are sent."""
 HEADER = 8
 """Bytes at the beginning that hold the length of the JSON text."""
+MAX_AXES, MAX_SIZE = 8, 2**48
+"""Axes of an array, and its size along each, at most: the product of thousands of long numbers would take hours."""
 
 
 def encode(value: Any, arrays: Mapping[str, np.ndarray] | None = None) -> bytes:
@@ -70,6 +72,7 @@ def decode(content: bytes) -> tuple[Any, dict[str, np.ndarray]]:
 def _checked(spec: Any) -> tuple[str, np.dtype, tuple[int, ...]]:
     """Name, dtype and shape of an array from its entry in a message."""
     match spec:
-        case [str(name), str(dtype), list(shape)] if dtype in DTYPES and all(type(n) is int and n >= 0 for n in shape):
-            return name, DTYPES[dtype], tuple(shape)
+        case [str(name), str(dtype), list(shape)] if dtype in DTYPES and len(shape) <= MAX_AXES:
+            if all(type(size) is int and 0 <= size <= MAX_SIZE for size in shape):
+                return name, DTYPES[dtype], tuple(shape)
     raise ValueError("an array without name, known dtype and shape")

@@ -16,7 +16,6 @@ from jax import lax
 from barber_jax.console.errors import BarberError
 from barber_jax.models.attention import BlockKVCache
 from barber_jax.models.decoder import Decoder
-from barber_jax.models.numbers import LARGEST, SMALLEST
 from barber_jax.models.sharding import DATA, constrain
 
 CHECK_INTERVAL = 32
@@ -50,6 +49,10 @@ class Network(NamedTuple):
     head: Callable[[jax.Array], jax.Array]
 
 
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-20, 1e20
+"""Divided by a number beyond these, logits would not be finite in float32, or all be 0."""
+
+
 class Sampling(NamedTuple):
     """How tokens are drawn from the model's distribution.
 
@@ -73,8 +76,11 @@ class Sampling(NamedTuple):
             BarberError: a value is out of range.
         """
         # Logits are divided by it in float32.
-        if not _is_number(temperature) or not (temperature == 0 or SMALLEST <= temperature <= LARGEST):
-            raise BarberError(f"temperature {temperature} is not a number from 0 (greedy) up, within float32")
+        if not _is_number(temperature) or (temperature and not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE):
+            raise BarberError(
+                f"temperature {temperature} is not 0 (greedy) nor a number from {MIN_TEMPERATURE:g} to "
+                f"{MAX_TEMPERATURE:g}"
+            )
         if not _is_integer(seed) or not 0 <= seed < 2**32:
             raise BarberError(f"seed {seed} is not from 0 to 2**32 - 1")
         if temperature == 0:

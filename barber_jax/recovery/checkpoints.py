@@ -6,12 +6,14 @@ and the one with the best weights; an older one is deleted only when a newer one
 
 import contextlib
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+import xxhash
 from jax import lax
 from jax.experimental import multihost_utils
 
@@ -26,8 +28,9 @@ from barber_jax.run.identity import check_identity, delete_run, first_line, writ
 
 STATE, PROGRESS = "state", "progress"
 """Orbax items of a step: arrays, and what JSON holds."""
-SUMS = "sums"
-"""Entry of the progress: sums of the bits of the arrays. TensorStore has no checksums of its own."""
+SUMS, DIGEST = "sums", "digest"
+"""Entries of the progress: sums of the bits of the arrays, and a hash of all its other entries. Neither TensorStore nor
+Orbax has checksums of its own."""
 
 
 class DamagedRun(BarberError):
@@ -106,6 +109,7 @@ class Checkpoints:
         """
         leaves = _leaves(state)
         progress = {**progress, SUMS: _sums(leaves)}
+        progress[DIGEST] = _digest(progress)
         arguments = {STATE: ocp.args.StandardSave(leaves), PROGRESS: ocp.args.JsonSave(progress)}
         try:
             # Orbax may swallow what a signal raises.
@@ -136,6 +140,8 @@ class Checkpoints:
             with silenced("absl"):
                 found = self._manager.restore(step, args=ocp.args.Composite(**arguments))
             leaves, progress = found[STATE], found[PROGRESS]
+            if progress.pop(DIGEST) != _digest(progress):
+                raise ValueError("its progress is not what was written")
             if progress[SUMS] != _sums(leaves):
                 raise ValueError("its arrays are not those that were written")
         except Exception as error:
@@ -183,6 +189,10 @@ def _sums(leaves: dict[str, Any]) -> dict[str, int]:
     """Path -> sum of the bits of an array of 32-bit numbers, as 32-bit integers; one changed bit changes it."""
     found = _bit_sums(leaves)
     return {jax.tree_util.keystr(path): int(value) for path, value in jax.tree.leaves_with_path(found)}
+
+
+def _digest(progress: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(progress, sort_keys=True).encode())
 
 
 @jax.jit

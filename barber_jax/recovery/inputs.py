@@ -4,13 +4,16 @@ import dataclasses
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from barber_jax.console.errors import BarberError
+from barber_jax.console.files import expand
 from barber_jax.console.options import flag
+from barber_jax.console.outputs import PARTIAL
 from barber_jax.console.progress import Progress
 from barber_jax.convert.checkpoint import Checkpoint, open_checkpoint
 from barber_jax.convert.export import sibling_path
@@ -31,7 +34,7 @@ CPU_TOKENS, ACCELERATOR_TOKENS = 2048, 16384
 """Tokens of each device in a micro-batch, at most, unless --micro-batch is given."""
 EVALUATIONS = 20
 """Measurements of the held-out loss, unless --eval-every is given."""
-STATE_VERSION = 1
+STATE_VERSION = 2
 """Version of the checkpoints of an unfinished run."""
 NOT_COMPARED = (
     *("ckpt", "teacher", "masks", "text", "text_field", "tokens", "steps", "out", "keep", "log_dir"),
@@ -107,6 +110,18 @@ def prepare(config: RecoverConfig, progress: Progress) -> Prepared:
     identity = run_identity(config, checkpoint, teacher, masks, text)
     require_agreement("options or files", identity)
     return Prepared(config, checkpoint, teacher, model, masks, text, windows, devices, identity)
+
+
+def check_log_dir(config: RecoverConfig) -> None:
+    """Raise `BarberError` if --log-dir is in a folder that the run replaces or deletes, and the events with it."""
+    if config.log_dir is None:
+        return
+    logs = Path(os.path.realpath(expand(config.log_dir)))
+    for own in (sibling_path(config.out, suffix) for suffix in ("", PARTIAL, ".run", ".text")):
+        if own == logs or own in logs.parents:
+            raise BarberError(
+                f"--log-dir {config.log_dir} is or is inside {own}, which the run itself writes; choose another folder"
+            )
 
 
 def compute_dtype(config: RecoverConfig) -> jnp.dtype:

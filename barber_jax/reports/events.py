@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from barber_jax.console.extras import needs
-from barber_jax.console.files import writing
+from barber_jax.console.files import expand, writing
 
 FLUSH_SECONDS = 10.0
 """Seconds after which written values are at the latest in the file, where TensorBoard sees them."""
@@ -32,6 +32,7 @@ class EventLog:
             from tensorboardX.event_file_writer import EventsWriter
             from tensorboardX.proto.event_pb2 import Event, SessionLog
             from tensorboardX.proto.summary_pb2 import Summary
+        folder = expand(folder)
         self._folder, self._event, self._summary = folder, Event, Summary
         self._flushed = time.monotonic()
         with writing(folder):
@@ -60,6 +61,8 @@ class EventLog:
                 self._flushed = now
 
     def close(self) -> None:
-        """Write what is not in the file yet, and close it. Raises BarberError if that fails."""
-        with writing(self._folder):
-            self._writer.close()
+        """Write what is not in the file yet, and close it, unless it is closed. Raises BarberError if that fails."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with writing(self._folder):
+                writer.close()

@@ -47,6 +47,8 @@ def ending(capsys, raised):
         (RuntimeError("std::bad_alloc"), "out of memory (std::bad_alloc); raise"),
         (RuntimeError("RESOURCE_EXHAUSTED: 9 bytes.\nmore"), "out of memory (RESOURCE_EXHAUSTED: 9 bytes.)"),
         (RuntimeError("can't start new thread"), "starts no more threads"),
+        (OSError(errno.EMFILE, "Too many open files", "a"), "Too many open files (a); raise the limit (ulimit -n)"),
+        (FileNotFoundError(errno.ENOENT, "No usable temporary directory found in []"), "set TMPDIR to one"),
         (PanicException("no entry found for key"), "tokenizers library failed (no entry found for key)"),
     ],
     ids=lambda value: getattr(type(value), "__name__", None),
@@ -54,6 +56,21 @@ def ending(capsys, raised):
 def test_a_cause_outside_the_program_is_status_2(capsys, raised, says):
     status, line = ending(capsys, raised)
     assert (status, line[: len(says)]) == (2, says) or (status == 2 and says in line)
+
+
+def test_a_warning_that_the_user_makes_an_error(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "warnoptions", ["error"])
+    status, line = ending(capsys, DeprecationWarning("old\nsecond line"))
+    assert status == 2 and "by PYTHONWARNINGS or python -W (DeprecationWarning: old); unset it" in line
+
+
+def test_a_current_folder_that_was_deleted(capsys, monkeypatch, tmp_path):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(FileNotFoundError) as error:
+        Path("a").absolute()
+    assert ending(capsys, error.value) == (2, "the current folder was deleted; change to one that exists")
 
 
 def test_lack_of_device_memory_names_the_stage_and_what_helps(capsys):

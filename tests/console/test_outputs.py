@@ -129,6 +129,14 @@ def test_a_new_folder(empty, tmp_path):
     assert os.listdir(tmp_path) == ["out"] and os.listdir(out) == ["a"]
 
 
+def test_a_mount_point_is_no_new_folder(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "out")
+    with pytest.raises(BarberError, match=r"out is a mount point"), new_folder(tmp_path / "out"):
+        pytest.fail("the work has begun")
+    assert os.listdir(tmp_path) == ["out"]
+
+
 def test_nothing_is_left_of_a_folder_that_fails(tmp_path):
     (tmp_path / "full" / "a").mkdir(parents=True)
     for name, raised in (("out", KeyboardInterrupt()), ("out", ValueError()), ("full", None)):

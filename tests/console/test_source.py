@@ -28,6 +28,10 @@ def violations(path):
         given = {key: getattr(value, "value", None) for key, value in keywords.items()}
         if last in ("from_pretrained", "from_config") and given.get("trust_remote_code") is not False:
             found.append(f"{name} without trust_remote_code=False")
+        if name.endswith("AutoModelForCausalLM.from_pretrained") and path.name != "torch_model.py":
+            found.append(f"{name}: torch_model.load_model loads no kernels that a checkpoint names")
+        if last == "Console" and {given.get("markup"), given.get("emoji")} != {False}:
+            found.append(f"{name}: terminal.plain_console prints names letter by letter")
         if last == "load_dataset" and given.get("trust_remote_code"):
             found.append(f"{name} with trust_remote_code")
         if name in ("np.load", "numpy.load") and given.get("allow_pickle") is not False:
@@ -60,6 +64,8 @@ def test_the_calls_are_seen(tmp_path):
         *("AutoTokenizer.from_pretrained(x)", "A.from_pretrained(x, trust_remote_code=True)", "input()", "eval(x)"),
         *("load_dataset(x, trust_remote_code=True)", "np.load(x)", "torch.load(x)", "pickle.loads(x)", "json.loads(x)"),
         *("yaml.safe_load(x)", "tomllib.load(x)", "subprocess.run(x, shell=True)", "os.system(x)", "x.write_text(y)"),
+        *("Console()", "Console(markup=False)"),
+        "AutoModelForCausalLM.from_pretrained(x, trust_remote_code=False)",
     )
     for line in lines:
         path.write_text(line)

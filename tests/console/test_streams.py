@@ -1,6 +1,7 @@
 """A stderr that is closed, full or gone changes neither a command's work nor its exit status."""
 
 import io
+import os
 import subprocess
 import sys
 
@@ -49,6 +50,42 @@ def test_the_exit_status_where_nobody_reads_any_more(tmp_path):
     process.stderr.close()
     assert process.wait(timeout=60) == 0
     assert (tmp_path / "file").read_bytes() == b"done"
+
+
+RESULTS = """
+import sys
+from barber_jax.console import BarberError, exit_with_one_line
+def main():
+    for _ in range(int(sys.argv[1])):
+        print("\\N{SNOWMAN} " + "x" * 1000)
+    if sys.argv[2] == "fail":
+        raise BarberError("a mistake")
+exit_with_one_line(main)
+"""
+
+
+@pytest.mark.parametrize("lines", [1, 1000], ids=["written at the end", "written at once"])
+def test_results_that_cannot_be_written_are_one_line(lines):
+    line = 'exec "$0" -c "$1" "$2" "$3" > /dev/full'
+    process = subprocess.run(["sh", "-c", line, sys.executable, RESULTS, str(lines), "succeed"], capture_output=True)
+    assert process.returncode == 2
+    (said,) = process.stderr.decode().splitlines()
+    assert said.startswith("error: standard output cannot be written: No space left on device; what was printed")
+
+
+def test_results_that_nobody_reads_beside_an_error():
+    process = subprocess.Popen(
+        [sys.executable, "-c", RESULTS, "1", "fail"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b"error: a mistake\n" and process.wait(timeout=60) == 2
+
+
+def test_letters_that_standard_output_lacks():
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    line = [sys.executable, "-c", RESULTS, "1", "succeed"]
+    process = subprocess.run(line, capture_output=True, env=environment, timeout=60)
+    assert (process.returncode, process.stderr) == (0, b"") and process.stdout.startswith(b"\\u2603 xxx")
 
 
 class Broken(io.StringIO):

@@ -3,6 +3,7 @@
 import json
 import random
 import struct
+import time
 
 import gguf
 import ml_dtypes
@@ -14,6 +15,7 @@ from transformers import AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from barber_jax.console.errors import BarberError
+from barber_jax.convert import gguf_header
 from barber_jax.convert.checkpoint import open_checkpoint
 from barber_jax.convert.gguf_file import GGUFCheckpoint, split_files, unpermute
 from barber_jax.convert.gguf_header import read_header
@@ -434,6 +436,25 @@ def test_absurd_array_length_is_refused_at_once(tmp_path):
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + field + bytes(64))
     with pytest.raises(BarberError, match="damaged or the file is cut short"):
         GGUFCheckpoint(path)
+
+
+@pytest.mark.parametrize("kind", ["strings", "fields"])
+def test_a_header_without_end_is_not_read_to_its_end(tmp_path, monkeypatch, kind):
+    """A file of zeros holds any number of empty strings, and takes no place on a disk that leaves holes."""
+    monkeypatch.setattr(gguf_header, "MAX_HEADER_BYTES", 10_000)
+    path, count = tmp_path / "model.gguf", 1 << 40
+    if kind == "strings":
+        content = struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"a" + struct.pack("<IIQ", 9, 8, count)
+    else:
+        fields = (struct.pack("<Q", 4) + b"%04d" % index + struct.pack("<IB", 0, 0) for index in range(2000))
+        content = struct.pack("<IQQ", 3, 0, count) + b"".join(fields)
+    path.write_bytes(b"GGUF" + content)
+    with path.open("r+b") as file:
+        file.truncate(1 << 34)
+    began = time.process_time()
+    with pytest.raises(BarberError, match="damaged or the file is cut short"):
+        GGUFCheckpoint(path)
+    assert time.process_time() - began < 5
 
 
 def test_tensor_that_would_read_anothers_bytes_is_refused(model):

@@ -23,8 +23,9 @@ from transformers import (
 
 from barber_jax.console.errors import BarberError
 from barber_jax.convert import torch_masks
-from barber_jax.convert.apply_masks import ApplyConfig, _load_model, apply
+from barber_jax.convert.apply_masks import ApplyConfig, apply
 from barber_jax.convert.torch_masks import apply_masks, check_masks, load_masks, make_permanent
+from barber_jax.convert.torch_model import load_model
 from barber_jax.masks.mask_file import mask_metadata, pack, read_masks
 
 CONFIG = LlamaConfig(
@@ -368,5 +369,20 @@ def test_code_of_a_model_is_never_run(tmp_path, monkeypatch):
     )
     (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     with pytest.raises(BarberError, match="which is never run; load the model in a program of your own"):
-        _load_model(str(tmp_path))
+        load_model(str(tmp_path), "--model")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("entry", ["attn_implementation", "_attn_implementation"])
+def test_a_kernel_that_config_json_names_is_not_fetched(folder, entry):
+    """Native code of anybody's: without `attention`, transformers asks the package `kernels` for it."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {entry: "somebody/kernel"}))
+    for attention in ("eager", "sdpa"):
+        assert load_model(str(folder), "--model", attention).config._attn_implementation == attention
+
+
+def test_what_transformers_cannot_load_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "x"}')
+    with pytest.raises(BarberError, match=f"--ckpt {tmp_path}: cannot load it: "):
+        load_model(str(tmp_path), "--ckpt")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from checkpoints import BASE, write_model
@@ -250,6 +251,26 @@ def test_a_name_that_only_this_machine_knows(resolver, monkeypatch):
     with pytest.raises(BarberError, match=r"stands for 127\.0\.1\.1, where other machines do not reach it"):
         hosts.join("me:1", 2, 0)
     hosts.join("me:1", 2, 1)
+
+
+@pytest.mark.parametrize(
+    "said", [{"SLURM_PROCID": "0", "SLURM_NTASKS": "2(x3)"}, {"OMPI_MCA_orte_hnp_uri": "x", "OMPI_COMM_WORLD_SIZE": ""}]
+)
+def test_an_odd_number_of_processes_is_named(said, monkeypatch):
+    monkeypatch.setattr(os, "environ", said)
+    with pytest.raises(BarberError, match=f"{list(said)[1]}=.* in the environment is no number of processes"):
+        hosts.join(None, None, None)
+
+
+def test_a_cluster_that_jax_cannot_make_out_is_one_line(monkeypatch):
+    def fail(*_, **__):
+        raise KeyError("SLURM_JOB_ID")
+
+    monkeypatch.setattr(os, "environ", {"SLURM_PROCID": "0", "SLURM_NTASKS": "2"})
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    with pytest.raises(BarberError, match=r"through the cluster's coordinator \(KeyError: 'SLURM_JOB_ID'\)"):
+        hosts.join(None, None, None)
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,13 @@ UNWANTED = {
     "jax_threefry_partitionable": False,
     "jax_numpy_dtype_promotion": "strict",
     "jax_numpy_rank_promotion": "raise",
+    "jax_random_seed_offset": 5,
+    "jax_legacy_prng_key": "error",
+    "jax_transfer_guard": "disallow",
+    "jax_disable_jit": True,
+    "jax_debug_nans": True,
+    "jax_debug_infs": True,
+    "jax_debug_key_reuse": True,
 }
 
 

@@ -67,6 +67,10 @@ SOUND = wire.encode(RECORD, {"a": np.arange(6, dtype=np.int32).reshape(2, 3)})
         message(arrays=[["a", "uint8", 1]]),
         message(arrays=[[1, "uint8", [1]]]) + b"x",
         message(arrays=[["a", "uint8"]]),
+        message(arrays=[["a", "uint8", [1] * 9]]) + b"x",
+        message(arrays=[["a", "uint8", [0, 10**4000]]]),
+        # The product of all sizes would take hours.
+        message(arrays=[["a", "uint8", [10**900] * 20_000]]),
     ],
 )
 def test_what_is_not_such_a_message_is_refused(content):

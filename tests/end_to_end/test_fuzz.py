@@ -3,8 +3,8 @@
     .venv/bin/pytest -m '' -n 0 tests/end_to_end/test_fuzz.py
 
 2,000 inputs for a reader; of config.json 400 for each of the five families. Fewer where one takes long: .bin (600),
-.arrow (200), Orbax (150), blocks of an unfinished run as a whole (150; 2,000 for the file alone), report
-and study with their plots (60).
+.arrow (200), Orbax (150), blocks of an unfinished run as a whole (150; 2,000 for the file alone), an
+unfinished recovery (150), reports and studies with their plots (60).
 
 A fault is shown with seed and index. To repeat input 17: `mutate(files, names, random.Random(f"{SEED} 17"))`.
 """
@@ -14,6 +14,7 @@ import json
 import shutil
 
 import gguf
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,7 @@ import pytest
 from checkpoints import FAMILIES, torch, write_model
 from cli import prune_masks
 from mutations import files_of, fuzz
+from recovered import write_recovered
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -39,6 +41,10 @@ from barber_jax.eval.study import as_json, study
 from barber_jax.eval.tables import markdown, runs_table
 from barber_jax.masks.mask_file import read_masks
 from barber_jax.models import build_model
+from barber_jax.recovery.checkpoints import Checkpoints
+from barber_jax.recovery.training import State
+from barber_jax.reports.recover_card import recover_card
+from barber_jax.reports.recover_page import write_recover_report
 from barber_jax.reports.report_page import description, write_report
 from barber_jax.run.block_file import NAME, READ_ERRORS, BlockHandler, BlockRestore
 from barber_jax.run.run_state import ITEM, RunState
@@ -289,6 +295,56 @@ def test_device_check(check_file, attack):
         json.dumps(as_json([], [], checks), ensure_ascii=False).encode()
 
     attack({device_page.CHECK_FILE: check_file}, read)
+
+
+@pytest.fixture(scope="module")
+def recovered_files(tmp_path_factory):
+    """What a recovery leaves, without the weights."""
+    return files_of(write_recovered(tmp_path_factory.mktemp("recovered") / "out"))
+
+
+def test_recovered(recovered_files, attack):
+    def read(folder):
+        run = load_run(folder)
+        markdown(*runs_table([run]))
+        json.dumps(as_json([run], [], []), ensure_ascii=False).encode()
+        recover_card("name", run.recovered)
+
+    attack(recovered_files, read, names=["recover.json"])
+
+
+def test_recovered_report_and_study(recovered_files, attack, tmp_path):
+    def read(folder):
+        write_recover_report(folder)
+        study([load_run(folder, "one"), load_run(folder, "other")], tmp_path / "study")
+
+    attack(recovered_files, read, 60, fresh=True)
+
+
+def moments(value):
+    """The state of a recovery in which every number is `value`."""
+    values = {"a": jnp.full((8, 8), value)}
+    return State(values, (jax.tree.map(jnp.copy, values), jnp.int32(value)), jnp.int32(value))
+
+
+@pytest.fixture(scope="module")
+def checkpoint_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recovery") / "out.run"
+    with Checkpoints.create(folder, IDENTITY, overwrite=False) as checkpoints:
+        checkpoints.save(3, moments(3.0), {"log": {"best_step": 3}, "text": {"next": 12}}, keep=set())
+    return files_of(folder)
+
+
+def test_unfinished_recovery(checkpoint_files, attack):
+    def read(folder):
+        with Checkpoints.resume(folder, IDENTITY) as checkpoints:
+            for step in checkpoints.steps():
+                state, progress = checkpoints.restore(step, moments(0.0))
+                # What is read is what was written, or is not taken.
+                assert (progress["log"], progress["text"]) == ({"best_step": 3}, {"next": 12})
+                assert all(np.all(leaf == 3) for leaf in jax.tree.leaves(state))
+
+    attack(checkpoint_files, read, 150, fresh=True)
 
 
 GRIDS = {

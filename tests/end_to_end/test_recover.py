@@ -20,8 +20,11 @@ from cli import command, environment, masks_of, prune_masks, run_recovery
 from safetensors.numpy import load_file
 
 from barber_jax import recover
-from barber_jax.console.errors import BarberError
+from barber_jax.console import causes
+from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.locks import output_lock
+from barber_jax.convert.export import FolderWriter
+from barber_jax.recovery import loop
 
 RUN = ["--length", 16, "--batch", 4, "--micro-batch", 2, "--held-out", 4, "--steps", 6, "--eval-every", 2]
 WEIGHTS, MASKS = "model.safetensors", "masks.safetensors"
@@ -217,6 +220,40 @@ def test_a_full_disk_at_the_start_leaves_nothing(line, monkeypatch, tmp_path, ca
     assert "--resume" not in capfd.readouterr().err
 
 
+STAGES = [
+    (recover, "prepare", 0),
+    (recover, "begin", 0),
+    *(pytest.param(*stage, marks=pytest.mark.slow) for stage in ((recover, "load_masks", 0), (loop, "train_step", 0))),
+    *(
+        pytest.param(*stage, marks=pytest.mark.slow)
+        for stage in ((recover, "chosen_values", 2), (FolderWriter, "write_pruned", 2), (FolderWriter, "finish", 2))
+    ),
+    (recover, "write_recover_card", 2),
+    pytest.param(FolderWriter, "publish", 2, marks=pytest.mark.slow),
+]
+"""Place and name of what raises, and the step that can be resumed from; 0 for none."""
+
+
+@pytest.mark.parametrize(("place", "name", "step"), STAGES, ids=lambda value: value if isinstance(value, str) else "")
+def test_what_nobody_expected_at_any_stage(place, name, step, line, monkeypatch, tmp_path, capsys):
+    """One line and status 1, with a log, and nothing is published; what was trained is kept."""
+
+    def boom(*_, **__):
+        raise RuntimeError("boom")
+
+    (tmp_path / "logs").mkdir()
+    monkeypatch.setattr(causes.tempfile, "tempdir", str(tmp_path / "logs"))
+    monkeypatch.setattr(place, name, boom)
+    with pytest.raises(SystemExit) as stop:
+        exit_with_one_line(lambda: recover.run([*line, "--steps", "2"]))
+    *_, last = capsys.readouterr().err.splitlines()
+    (log,) = (tmp_path / "logs").glob("*.log")
+    assert stop.value.code == 1 and last.startswith("error: unexpected RuntimeError: boom; ") and str(log) in last
+    assert {path.name for path in tmp_path.iterdir()} == {"logs", *(["out.run"] if step else [])}
+    if step:
+        assert (tmp_path / "out.run" / str(step)).is_dir()
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -297,6 +334,9 @@ def test_folders_and_files_that_are_in_the_way(line, recovered, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(BarberError, match="file"):
         recover.run([*line, "--log-dir", str(tmp_path / "file")])
+    for inside in ("out", "out/logs", "out.partial/a/b", "out.run", "out.text/x"):
+        with pytest.raises(BarberError, match=r"--log-dir .* is or is inside .*, which the run itself writes"):
+            recover.run([*line, "--log-dir", str(tmp_path / inside)])
     (tmp_path / "out").mkdir()
     with pytest.raises(BarberError, match="exists; give --overwrite"):
         recover.run(line)

@@ -124,6 +124,11 @@ def test_a_resident_model_draws_the_same(tiny, llama, mesh):
         ({"tokens": 56}, "56 tokens after prompts of up to 9: the model has 64 positions"),
         ({"temperature": -1.0}, "temperature -1.0"),
         ({"temperature": float("nan")}, "temperature nan"),
+        # In float32 both are something else: 0 and infinity.
+        ({"temperature": 1e-46}, "temperature 1e-46 is not 0"),
+        ({"temperature": 1e39}, "temperature 1e"),
+        ({"ids": PROMPTS.astype("m8[s]")}, r"token ids \[S, L\], not timedelta64"),
+        ({"lengths": [9.5, 1.0, 7.0]}, "lengths must be 3 numbers"),
         ({"seed": -1}, "seed -1"),
         ({"seed": 1.5}, "seed 1.5"),
         ({"ids": PROMPTS.astype("timedelta64[s]")}, "token ids .* not timedelta64"),

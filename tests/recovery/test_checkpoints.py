@@ -1,5 +1,6 @@
 """Checkpoints of an unfinished recovery: what is kept, and what is told of libraries' lost tasks."""
 
+import json
 import logging
 import sys
 from types import SimpleNamespace
@@ -40,6 +41,24 @@ def test_what_is_kept_and_restored(tmp_path):
             checkpoints.restore(3, State({"b": jnp.zeros(2)}, (jnp.zeros(3),), jnp.int32(0)))
         checkpoints.remove()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"), [("log", {"best_step": 1}), ("text", None), ("digest", ""), ("sums", {}), ("log", [1])]
+)
+def test_a_changed_progress_is_not_taken(tmp_path, entry, value):
+    """Arrays as they were, but another position in the text, or another best step: it must not go on from there."""
+    with Checkpoints.create(tmp_path / "run", IDENTITY, overwrite=False) as checkpoints:
+        checkpoints.save(1, state(1, 1), {"log": {"best_step": 0}, "text": {"next": 7}}, keep=set())
+    (path,) = (path for path in (tmp_path / "run/1/progress").iterdir() if b"best_step" in path.read_bytes())
+    content = json.loads(path.read_text())
+    content.pop(entry)
+    path.write_text(json.dumps(content if value is None else content | {entry: value}))
+    with (
+        Checkpoints.resume(tmp_path / "run", IDENTITY) as checkpoints,
+        pytest.raises(DamagedRun, match=r"run/1: damaged \("),
+    ):
+        checkpoints.restore(1, state(0, 0))
 
 
 def test_what_is_in_the_way(tmp_path):

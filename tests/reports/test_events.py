@@ -34,6 +34,7 @@ def test_scalars_by_step(log, tmp_path):
     log.scalars(1, {"train/loss": 0.75, "train/rate": 1e-3})
     log.scalars(2, {"train/loss": math.nan})
     log.close()
+    log.close()
     version, one, two = read(tmp_path / "logs" / "run")
     assert version.file_version == "brain.Event:2"
     assert (one.step, {each.tag: each.simple_value for each in one.summary.value}) == (

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from recovered import recover_json
 
+from barber_jax.eval import device_page
 from barber_jax.eval.agreement import Overlap
 from barber_jax.eval.runs import Run
 from barber_jax.eval.study_page import page_parts
 from barber_jax.eval.tables import agreement_table, markdown, runs_table, seeds_table
-from barber_jax.reports import markup
+from barber_jax.reports import markup, recover_page
 from barber_jax.reports.figures import Plots, bars, heat, lines, stacked
 from barber_jax.reports.markup import Html, element, escape, join, markdown_block, markdown_code, markdown_text
 from barber_jax.reports.model_card import model_card
@@ -115,12 +117,61 @@ def study_without_masks(word):
     return page(word, page_parts(*study_parts(word, f"{word} and {word} are of different models")))
 
 
+def filled(value, word):
+    """A copy of a document in which every text is `word`."""
+    if isinstance(value, dict):
+        return {key: filled(each, word) for key, each in value.items()}
+    if isinstance(value, list):
+        return [filled(each, word) for each in value]
+    return word if isinstance(value, str) else value
+
+
+def recovered(word):
+    """A recover.json in which every text is `word`."""
+    content = filled(recover_json(), word) | {"written": "best"}
+    content["source"] |= {"run": record(word), "recovered": {"steps": 3, "tokens": 4, "seconds": 1.0}}
+    content["movement"] = [{"block": index, "weights": {word: 0.1, f"{word} ": 0.2}} for index in range(2)]
+    for part in ("options", "versions"):
+        content[part][word] = word
+    return content
+
+
+def recovery(word):
+    return page(f"{word} - barber_jax", recover_page.sections(word, recovered(word)))
+
+
+def device_check(word):
+    return page("Device check", device_page.page_parts([(word, measured_device(word))]))
+
+
+def measured_device(word):
+    """A device_check.json with a row in every table, in which every text is `word`."""
+    kernel = {"dtype": word, "precision": word, "granularity": word, "what": word, "selection": word, "length": word}
+    kernel |= {"implementation": word, "direction": word, "seconds": 0.002}
+    results = {
+        "speed": {"steady": {"seconds": 2.0, "flops": 2e12, "fraction_of_peak": 0.5}}
+        | {"blocks": [{word: 9.0}], "peak_memory": {"host_bytes": 10**9}},
+        "masks": {"settings": {word: {"agreement": 0.9, "lowest_matrix": 0.8}}},
+        "kernels": {
+            part: [kernel, {**kernel, "error": word}] for part in ("attention", "matrix_products", "selection")
+        },
+    }
+    step = {"name": word, "status": word, "seconds": 3.0, "error": word}
+    return {
+        "shape": word,
+        "environment": {"device": {"platform": word, "kind": word, "count": word}, "driver": word}
+        | {"versions": {"jax": word, "flax": word, "python": word}},
+        "steps": [{**step, "part": part, "result": result} for part, result in results.items()],
+        "forecast": [{"name": word, "layers": word, "seconds": 9.0, "compiling_seconds": 3.0}],
+    }
+
+
 @functools.cache
 def plain_page(make):
     return Elements(make("plain"))
 
 
-@pytest.mark.parametrize("make", [report, study, study_without_masks])
+@pytest.mark.parametrize("make", [report, study, study_without_masks, recovery, device_check])
 @pytest.mark.parametrize("word", EVIL, ids=range(len(EVIL)))
 def test_no_page_holds_a_tag_of_a_name(make, word):
     content = make(word)
