@@ -180,7 +180,9 @@ class PruneConfig(
             raise BarberError(f"--sparsity {self.sparsity:g} conflicts with {given}, which fixes the sparsity")
         updated = self.sparse_ckpt or (self.method and CRITERIA[self.method].updates_weights)
         if self.retain_reconstruction and not updated:
-            raise BarberError("--retain-reconstruction needs updated weights: --method sparsegpt or --sparse-ckpt")
+            raise BarberError(
+                "--retain-reconstruction needs updated weights: --method sparsegpt, alps, or --sparse-ckpt"
+            )
 
     def _settle_rebuild(self) -> None:
         """Set granularity and alpha to the criterion's published defaults, or to wanda's if masks are given."""

@@ -160,7 +160,7 @@ def prune_options(setting: Setting, ckpt: str, out: Path) -> dict[str, Any]:
     start_folder = out / setting.start.name
     given["masks"] = start_folder / MASKS
     if CRITERIA[config.method].updates_weights:
-        # SparseGPT also updates the weights.
+        # SparseGPT and ALPS also update the weights.
         given["sparse_ckpt"] = str(start_folder)
     return given | options
 

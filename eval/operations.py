@@ -5,6 +5,7 @@ efficiency. Only matrix products are counted; elementwise work (selection, norms
 """
 
 from barber_jax.config import PruneConfig
+from barber_jax.criteria import alps
 from barber_jax.models.decoder import SubBlock
 from barber_jax.models.family import Model
 from barber_jax.stages import held_out_samples
@@ -12,6 +13,9 @@ from barber_jax.stages.layerwise import inputs
 from barber_jax.stages.rebuild import ALPHAS
 from barber_jax.stages.reconstruct import VALIDATIONS
 from barber_jax.stages.refine import SHRINKAGES
+
+ADMM_STEPS = 40
+"""Steps of alps until the support settles, approximately: the count depends on the data."""
 
 
 def attention_operations(model: Model, samples: int, length: int) -> int:
@@ -58,19 +62,23 @@ def starting_mask_operations(model: Model, method: str, samples: int, length: in
 
     magnitude needs no matrix product. wanda needs a forward pass up to the input of the block's last linear. sparsegpt
     needs in addition, approximately, X^T X, two triangular factors for each input of I features (a Cholesky factor and
-    an inverse, I^3 / 3 each), and the updates of the columns that follow each pruned one (I^2 O).
+    an inverse, I^3 / 3 each), and the updates of the columns that follow each pruned one (I^2 O). alps needs instead,
+    approximately, X^T X, the eigenvectors for each input (4 I^3 / 3 to tridiagonal form and 2 I^3 back), two products
+    (2 I^2 O each) in each of `ADMM_STEPS`, and one in each step of conjugate gradients and before them.
     """
     if method == "magnitude":
         return 0
     total = sum(forward_operations(model, sub, samples, length) for sub in model.sub_blocks)
     total -= _linear_operations(model, model.sub_blocks[-1].kernels[-1], samples * length)
-    if method == "sparsegpt":
+    if method in ("sparsegpt", "alps"):
         shapes = dict(model.block().shapes)
         input_sizes = {
             entering: shapes[f"{name}.kernel"][0] for sub in model.sub_blocks for name, entering in sub.linears
         }
-        total += sum(2 * samples * length * size**2 + 2 * size**3 // 3 for size in input_sizes.values())
-        total += sum(shapes[path][0] ** 2 * shapes[path][1] for sub in model.sub_blocks for path in sub.kernels)
+        thirds, products = (2, 0.5) if method == "sparsegpt" else (10, 2 * ADMM_STEPS + alps.SOLVER_STEPS + 1)
+        total += sum(2 * samples * length * size**2 + thirds * size**3 // 3 for size in input_sizes.values())
+        kernels = [shapes[path] for sub in model.sub_blocks for path in sub.kernels]
+        total += sum(int(products * 2 * inputs**2 * outputs) for inputs, outputs in kernels)
     return total
 
 

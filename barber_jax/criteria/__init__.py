@@ -5,19 +5,20 @@ May import: console, masks, models, data, convert, devices, forward.
 | module | what it holds |
 |---|---|
 | `base` | the criterion protocol |
-| `magnitude`, `wanda`, `sparsegpt` | one criterion each |
+| `magnitude`, `wanda`, `sparsegpt`, `alps` | one criterion each |
 | `starting` | starting masks of each block: by a criterion, from a mask file, or from a pruned checkpoint |
 | `allocation` | sparsity of each block: uniform, OWL, or rising from block to block |
 | `owl` | OWL: lower sparsity for blocks with more outliers |
 """
 
-from barber_jax.criteria import magnitude, sparsegpt, wanda
+from barber_jax.criteria import alps, magnitude, sparsegpt, wanda
 from barber_jax.criteria.base import Criterion
 
 CRITERIA: dict[str, Criterion] = {
     "magnitude": magnitude.CRITERION,
     "wanda": wanda.CRITERION,
     "sparsegpt": sparsegpt.CRITERION,
+    "alps": alps.CRITERION,
 }
 
 __all__ = ["CRITERIA", "Criterion"]

@@ -49,7 +49,7 @@ class RebuildOptions(OptionGroup):
     metric: Metric = "wd"
     """Score: wd = |weight| x gradient (the paper's), w = |weight|, d = gradient."""
     retain_reconstruction: bool = False
-    """Keep weights that sparsegpt (or --sparse-ckpt) updated, instead of the dense ones."""
+    """Keep weights that sparsegpt or alps (or --sparse-ckpt) updated, instead of the dense ones."""
 
     def settle(self) -> None:
         if self.alpha not in ("auto", None) and not 0 <= self.alpha <= 1:  # NaN fails this too

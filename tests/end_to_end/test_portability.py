@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax import export
 
-from barber_jax.criteria import CRITERIA, allocation, sparsegpt, starting
+from barber_jax.criteria import CRITERIA, alps, owl, sparsegpt, starting
 from barber_jax.forward import passes, perplexity
 from barber_jax.masks.pattern import SparsityPattern
 from barber_jax.masks.selector import Selector
@@ -153,7 +153,7 @@ def test_outliers_of_a_block(model):
     weights, shapes = parameters(block, dtype), dict(block.shapes)
     linears = [pair for sub in block.sub_blocks for pair in sub.linears]
     seen = {entering: like(shapes[f"{linear}.kernel"][:1]) for linear, entering in linears}
-    lower(lambda p, s, t: allocation.count_outliers(block.sub_blocks, p, s, t), weights, seen, like(()))
+    lower(lambda p, s, t: owl.count_outliers(block.sub_blocks, p, s, t), weights, seen, like(()))
 
 
 @pytest.mark.parametrize("pattern", [SparsityPattern(0.5), SparsityPattern(0.5, 2, 4)], ids=str)
@@ -169,6 +169,14 @@ def test_starting_criteria(model, pattern, select):
                 "magnitude": None,
                 "wanda": like((inputs,)),
                 "sparsegpt": (like((inputs, inputs)), like((inputs,), bool)),
+                "alps": alps.Layer(
+                    gram=like((inputs, inputs)),
+                    added=like((inputs,)),
+                    scale=like((inputs,)),
+                    vectors=like((inputs, inputs)),
+                    values=like((inputs,)),
+                    dead=like((inputs,), bool),
+                ),
             }
             for method, statistic in prepared.items():
                 start = partial(starting._start_matrix, CRITERIA[method], kernel_axes(sub, path))
@@ -180,3 +188,4 @@ def test_starting_criteria(model, pattern, select):
                     () if pattern.structured else tuple(like((), jnp.int32) for _ in quota),
                 )
     lower(lambda gram, damping: sparsegpt.inverse_factor(gram, 128, damping), like((4096, 4096)), like(()))
+    lower(lambda gram: alps.decompose(gram, 128), like((4096, 4096)))

@@ -66,7 +66,13 @@ def test_stages_that_are_not_run_count_nothing(tmp_path):
     sparsegpt = PruneConfig(ckpt="dense", out=Path("out"), samples=2, length=8, method="sparsegpt")
     more = operations.block_operations(model, sparsegpt, last=True)["start"] - COUNTS["llama"]["start"]
     grams = 2 * TOKENS * (32**2 * 3 + 48**2) + 3 * (2 * 32**3 // 3) + 2 * 48**3 // 3
-    assert more == grams + 32**2 * (32 + 16 + 16 + 32 + 48 + 48) + 48**2 * 32
+    updates = 32**2 * (32 + 16 + 16 + 32 + 48 + 48) + 48**2 * 32
+    assert more == grams + updates
+    alps = PruneConfig(ckpt="dense", out=Path("out"), samples=2, length=8, method="alps")
+    more = operations.block_operations(model, alps, last=True)["start"] - COUNTS["llama"]["start"]
+    grams = 2 * TOKENS * (32**2 * 3 + 48**2) + 3 * (10 * 32**3 // 3) + 10 * 48**3 // 3
+    # Two products in each of 40 steps of ADMM, one in 10 of conjugate gradients and one before them.
+    assert more == grams + 2 * (2 * 40 + 10 + 1) * updates
 
 
 @pytest.mark.parametrize("family", list(COUNTS))
