@@ -25,6 +25,7 @@ from barber_jax.convert.hf_folder import HFFolder
 from barber_jax.convert.parameters import check_tensors
 from barber_jax.criteria import CRITERIA, allocation
 from barber_jax.criteria.starting import CriterionStart, MaskFileStart, SparseCheckpointStart, Start
+from barber_jax.data.begin import settled
 from barber_jax.data.calibration import check_source, split_source
 from barber_jax.devices.hosts import join
 from barber_jax.devices.mesh import Devices, is_primary, require_agreement
@@ -130,7 +131,8 @@ def prepare(config: PruneConfig, progress: Progress) -> Prepared:
     selection = choose_selection(config.selection, devices.used[0].platform)
     check_inputs(config, checkpoint, model, devices)
     start, config, sparsity = open_start(config, checkpoint, sparse, model, devices, progress, selection)
-    config = dataclasses.replace(config, batch=config.batch or passes.default_batch(config.length))
+    batch, begin = config.batch or passes.default_batch(config.length), settled(config.begin_token, model.begins)
+    config = dataclasses.replace(config, batch=batch, begin_token=begin)
     text = split_source(config.calibration)[1]
     if text is not None:
         check_source(text)

@@ -3,6 +3,7 @@
 Texts are cut into windows by data/windows.py, and the windows are evaluated by forward/perplexity.py.
 """
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from barber_jax.console.progress import Progress
 from barber_jax.console.structure import fields, items, number, text
 from barber_jax.convert.checkpoint import open_checkpoint
 from barber_jax.convert.parameters import check_tensors
+from barber_jax.data.begin import BeginToken, begin_id, settled
 from barber_jax.data.calibration import load_ids
 from barber_jax.data.windows import cut_windows, default_windows, evaluation_ids
 from barber_jax.devices.mesh import Devices, is_primary
@@ -46,6 +48,8 @@ class PerplexityConfig:
     """Column that holds the text, for files with columns."""
     windows: int | None = None
     """Windows of each text, from its start. Default: all (c4: 256)."""
+    begin_token: BeginToken = "auto"
+    """Begin token: always = in front of each window of text, auto = as the model needs it."""
     batch: int | None = None
     """Windows in a micro-batch. Default: 8; on CPU as many as make about 1024 tokens."""
     mesh: str | None = None
@@ -73,7 +77,7 @@ def evaluate(config: PerplexityConfig) -> list[dict]:
     """Perplexity of the checkpoint on each of the configured texts.
 
     Returns:
-        for each text `ckpt`, `source`, and the result of `forward.perplexity.perplexity`.
+        for each text `ckpt`, `source`, `begin_token` as settled, and what `forward.perplexity.perplexity` returns.
 
     Raises:
         BarberError: the checkpoint or a text cannot be read, a text is too short, or the mesh does not fit.
@@ -87,22 +91,25 @@ def evaluate(config: PerplexityConfig) -> list[dict]:
     devices.check(model.block(), devices.shape[0])
     results = []
     with Progress(silent=not is_primary()) as progress:
-        sources = [(str(path), load_ids(expand(path))) for path in config.tokens]
+        # Token ids are used as they are.
+        sources = [(str(path), load_ids(expand(path)), "auto") for path in config.tokens]
+        begin, tokenizer = settled(config.begin_token, model.begins), functools.cache(checkpoint.tokenizer)
         for path in config.text:
             bounds = {"needed": config.windows and config.windows * config.length, "say": progress.say}
-            ids = evaluation_ids(checkpoint.tokenizer, path=path, text_field=config.text_field, **bounds)
-            sources.append((str(path), ids))
+            ids = evaluation_ids(tokenizer, path=path, text_field=config.text_field, begin=begin, **bounds)
+            sources.append((str(path), ids, begin))
         for name in config.dataset:
-            sources.append((name, evaluation_ids(checkpoint.tokenizer, dataset=name)))
+            sources.append((name, evaluation_ids(tokenizer, dataset=name, begin=begin), begin))
         texts = []
-        for source, ids in sources:
+        for source, ids, choice in sources:
             windows = config.windows or default_windows(source)
-            texts.append((source, cut_windows(ids, config.length, windows, source, model.vocabulary)))
-        for source, windows in texts:
+            cut = (config.length, windows, source, model.vocabulary, begin_id(choice, tokenizer))
+            texts.append((source, cut_windows(ids, *cut), choice))
+        for source, windows, choice in texts:
             with progress.phase(f"perplexity on {Path(source).name}", model.layers, announce=True) as phase:
                 offload = config.offload_activations
                 measured = perplexity(checkpoint, model, windows, config.batch, devices, offload, phase)
-            results.append({"ckpt": config.ckpt, "source": source, **measured})
+            results.append({"ckpt": config.ckpt, "source": source, "begin_token": choice, **measured})
     return results
 
 

@@ -12,6 +12,7 @@ May import: console.
 | `packing` | text to train on: packed windows, and batches of them in a random order |
 | `calibration` | calibration samples |
 | `windows` | evaluation windows |
+| `begin` | the begin token in front of both |
 | `hub` | check that the Hub can be reached |
 
 JAX is not imported here, but by grain once `packing.batches` is called.

@@ -1,5 +1,6 @@
 """Loads calibration samples: token ids cut from text by the conventions of the pruning literature."""
 
+import functools
 import random
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from barber_jax.console.errors import BarberError
 from barber_jax.console.files import check_fetched, expand
 from barber_jax.console.options import OptionGroup
 from barber_jax.data import sampling, text
+from barber_jax.data.begin import BeginToken, begin_id, begun, tokenizer_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,6 +68,7 @@ def load_calibration(
     vocab_size: int,
     text_field: str = "text",
     say: Callable[[str], None] | None = None,
+    begin: BeginToken = "auto",
 ) -> np.ndarray:
     """Load calibration token ids, int32 [samples, length]; the same arguments always give the same ids.
 
@@ -92,6 +95,8 @@ def load_calibration(
         vocab_size: ids must be in [0, vocab_size).
         text_field: name of the text field, for a local file with fields.
         say: prints a line: how many rows are null.
+        begin: `always` puts the begin token in front of each sample of text, in place of its last token, and like
+            `never` leaves out what the tokenizer adds. Token ids (.npy) are used as they are.
 
     Raises:
         BarberError: `samples` or `length` is below 1; `source` is missing, damaged or of an unknown kind; there is too
@@ -102,12 +107,11 @@ def load_calibration(
             raise BarberError(f"--{option} {value}: it must be at least 1")
     if source.lower().endswith(".npy"):
         windows = _npy_windows(expand(source), samples, length)
-    elif source in text.HUB_DATASETS:
-        windows = _hub_windows(source, tokenizer, samples, length, random.Random(seed))
     else:
-        windows, nulls = _file_windows(source, tokenizer, text_field, samples, length, seed)
-        if nulls and say:
-            say(text.null_rows(source, nulls))
+        tokenizer = functools.cache(tokenizer)
+        first = begin_id(begin, tokenizer)
+        cut = (tokenizer_for(begin, tokenizer), samples, length - (first is not None))
+        windows = begun(_text_windows(source, *cut, seed, text_field, say), first)
     check_ids(source, windows, vocab_size)
     return windows.astype(np.int32)
 
@@ -121,6 +125,23 @@ def split_source(source: str) -> tuple[bool, str | None]:
         return True, None
     written = source.startswith(f"{SELF}+")
     return written, source.removeprefix(f"{SELF}+") if written else source
+
+
+def _text_windows(
+    source: str,
+    tokenizer: Callable[[], "PreTrainedTokenizerBase"],
+    samples: int,
+    length: int,
+    seed: int,
+    text_field: str,
+    say: Callable[[str], None] | None,
+) -> np.ndarray:
+    if source in text.HUB_DATASETS:
+        return _hub_windows(source, tokenizer, samples, length, random.Random(seed))
+    windows, nulls = _file_windows(source, tokenizer, text_field, samples, length, seed)
+    if nulls and say:
+        say(text.null_rows(source, nulls))
+    return windows
 
 
 def check_source(source: str) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from barber_jax.console.errors import BarberError
 from barber_jax.data import sampling, text
+from barber_jax.data.begin import BeginToken, begun, tokenizer_for
 from barber_jax.data.calibration import check_ids
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def evaluation_ids(
     text_field: str = "text",
     needed: int | None = None,
     say: Callable[[str], None] | None = None,
+    begin: BeginToken = "auto",
 ) -> np.ndarray:
     """Tokenize a whole evaluation text into int32 [tokens], by the conventions above. Give `path` or `dataset`.
 
@@ -45,10 +47,13 @@ def evaluation_ids(
         text_field: name of the text field, for a local file with fields.
         needed: number of tokens that suffice, of a large local file; None for all.
         say: prints a line: how many rows are null.
+        begin: unless `auto`, the ids are without special tokens; with `always`, `cut_windows` is to put the begin token
+            in front.
 
     Raises:
         BarberError: the text cannot be read, or there is no tokenizer.
     """
+    tokenizer = tokenizer_for(begin, tokenizer)
     if path is not None:
         ids, nulls = sampling.whole_ids(path, text_field, tokenizer(), needed)
         if nulls and say:
@@ -62,7 +67,9 @@ def evaluation_ids(
     return text.tokenize(tokenizer(), whole)
 
 
-def cut_windows(ids: np.ndarray, length: int, windows: int | None, source: str, vocabulary: int) -> np.ndarray:
+def cut_windows(
+    ids: np.ndarray, length: int, windows: int | None, source: str, vocabulary: int, begin: int | None = None
+) -> np.ndarray:
     """Cut token ids into consecutive windows from the start: [tokens] -> int32 [windows, length].
 
     Args:
@@ -71,18 +78,20 @@ def cut_windows(ids: np.ndarray, length: int, windows: int | None, source: str, 
         windows: number of windows; None for all.
         source: name of the text, for messages.
         vocabulary: number of tokens that the model knows.
+        begin: id of a token that each window begins with; None for none.
 
     Raises:
         BarberError: the text is too short for that many windows, or for one; an id is outside [0, vocabulary).
     """
-    available = ids.size // length
+    cut_length = length - (begin is not None)
+    available = ids.size // cut_length
     count = available if windows is None else windows
     if count < 1 or count > available:
         raise BarberError(
             f"{source}: {ids.size} tokens give {available} windows of --length {length}, not {max(count, 1)}; "
             "use fewer windows, lower --length or give more text"
         )
-    cut = np.asarray(ids).reshape(-1)[: count * length].reshape(count, length)
+    cut = begun(np.asarray(ids).reshape(-1)[: count * cut_length].reshape(count, cut_length), begin)
     # Checked before the cast, which would wrap an id that is too large for int32 around to a small one.
     check_ids(source, cut, vocabulary)
     return cut.astype(np.int32)

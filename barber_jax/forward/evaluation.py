@@ -1,5 +1,6 @@
 """The evaluation that commands make of the models they start from and write: perplexity on a text of the user's."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -8,6 +9,7 @@ import numpy as np
 
 from barber_jax.console.progress import Progress
 from barber_jax.convert.checkpoint import Checkpoint
+from barber_jax.data.begin import BeginToken, begin_id
 from barber_jax.data.windows import cut_windows, default_windows, evaluation_ids
 from barber_jax.forward.perplexity import perplexity
 from barber_jax.models.family import Model
@@ -17,6 +19,7 @@ class Evaluated(Protocol):
     """Options of a command that evaluates: those of `EvaluationOptions`, and these.
 
     Attributes:
+        begin_token: as `data.begin.settled` gives it.
         text_field: name of the text column, in files with columns.
         length: tokens in a window.
     """
@@ -24,6 +27,7 @@ class Evaluated(Protocol):
     eval_text: Path | None
     eval_dataset: str | None
     eval_windows: int | None
+    begin_token: BeginToken
     text_field: str
     length: int
 
@@ -39,11 +43,11 @@ def evaluation_windows(
         return None
     source = {"path": config.eval_text, "dataset": config.eval_dataset, "text_field": config.text_field}
     needed = config.eval_windows and config.eval_windows * config.length
-    ids = evaluation_ids(checkpoint.tokenizer, **source, needed=needed, say=say)
+    tokenizer = functools.cache(checkpoint.tokenizer)
+    ids = evaluation_ids(tokenizer, **source, needed=needed, say=say, begin=config.begin_token)
     name = str(config.eval_text or config.eval_dataset)
-    return cut_windows(
-        ids, config.length, config.eval_windows or default_windows(config.eval_dataset), name, model.vocabulary
-    )
+    windows = config.eval_windows or default_windows(config.eval_dataset)
+    return cut_windows(ids, config.length, windows, name, model.vocabulary, begin_id(config.begin_token, tokenizer))
 
 
 def measure_perplexity(

@@ -20,6 +20,7 @@ from barber_jax.console.errors import BarberError
 from barber_jax.console.options import OptionGroup
 from barber_jax.console.progress import Phase
 from barber_jax.convert.checkpoint import Checkpoint
+from barber_jax.data.begin import BeginToken
 from barber_jax.devices.mesh import Devices
 from barber_jax.forward.dense import final_hidden, read_replicated
 from barber_jax.forward.passes import Parameters, default_batch
@@ -41,6 +42,8 @@ class EvaluationOptions(OptionGroup):
     """Measure the perplexity of the dense and the pruned model on this dataset."""
     eval_windows: int | None = None
     """Number of windows of --length tokens to evaluate. Default: all; of c4, 256."""
+    begin_token: BeginToken = "auto"
+    """Begin token: always = in front of each sample and window of text, auto = as the model needs it."""
 
     def settle(self) -> None:
         self._require_least(1, "eval_windows")

@@ -54,6 +54,7 @@ class Model:
         sub_blocks: in execution order.
         names: name table of exactly the parameters that this configuration has.
         tied_embedding: whether the head's kernel is the token embedding.
+        begins: whether the model relies on a begin token in front of every sequence.
         make_*: build the Flax modules; `make_block` that of a block of the given kind.
         settings: the family's own configuration, a frozen dataclass; with `model_type` all that the model computes
             depends on, but for its dtype.
@@ -74,6 +75,7 @@ class Model:
     make_head: Callable[[nnx.Rngs], Head]
     settings: Any
     kind: Callable[[int], str] = lambda index: ""
+    begins: bool = False
 
     def embed(self) -> Definition:
         """Embedding, token ids [S, L] (with L = 1 also their positions, int32 [S]) -> hidden [S, L, D]."""

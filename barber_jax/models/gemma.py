@@ -323,4 +323,5 @@ def _model(model_type: str, config: GemmaConfig, kind: Callable[[int], str], pre
         make_head=lambda rngs: GemmaHead(config, dtype, rngs),
         settings=config,
         kind=kind,
+        begins=True,
     )

@@ -18,6 +18,7 @@ from barber_jax.console.progress import Progress
 from barber_jax.convert.checkpoint import Checkpoint, open_checkpoint
 from barber_jax.convert.export import sibling_path
 from barber_jax.convert.parameters import check_same_settings, check_tensors
+from barber_jax.data.begin import settled
 from barber_jax.data.calibration import SELF
 from barber_jax.data.packing import PackedText, check_batch, open_text
 from barber_jax.devices.mesh import Devices, require_agreement
@@ -38,8 +39,8 @@ STATE_VERSION = 2
 """Version of the checkpoints of an unfinished run."""
 NOT_COMPARED = (
     *("ckpt", "teacher", "masks", "text", "text_field", "tokens", "steps", "out", "keep", "log_dir"),
-    *("overwrite", "resume", "verbose", "eval_text", "eval_dataset", "eval_windows", "compilation_cache"),
-    *PROCESS_OPTIONS,
+    *("overwrite", "resume", "verbose", "eval_text", "eval_dataset", "eval_windows", "begin_token"),
+    *("compilation_cache", *PROCESS_OPTIONS),
 )
 """Options that do not change the weights of a step, and options that name inputs, whose content is compared."""
 
@@ -75,6 +76,7 @@ def prepare(config: RecoverConfig, progress: Progress) -> Prepared:
     model = build_model(checkpoint.config, compute_dtype(config))
     check_tensors(checkpoint, model)
     model.check_length(config.length)
+    config = dataclasses.replace(config, begin_token=settled(config.begin_token, model.begins))
     teacher = open_teacher(config, model)
     devices = Devices.of(parse_mesh(config.mesh))
     check_rank(config, model)

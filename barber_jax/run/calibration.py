@@ -15,6 +15,7 @@ from barber_jax.console.files import writing
 from barber_jax.console.progress import Progress
 from barber_jax.convert.checkpoint import Checkpoint
 from barber_jax.convert.export import sibling_path
+from barber_jax.data.begin import BeginToken
 from barber_jax.data.calibration import load_calibration, split_source
 from barber_jax.devices.mesh import Devices, broadcast_arrays, is_primary
 from barber_jax.forward.self_calibration import boundary_of, write_samples
@@ -35,6 +36,7 @@ class Calibrated(Protocol):
     samples: int
     length: int
     seed: int
+    begin_token: BeginToken
     out: Path
     resume: bool
     overwrite: bool
@@ -105,6 +107,7 @@ def _cut(
         vocab_size=model.vocabulary,
         text_field=config.text_field,
         say=progress.say,
+        begin=config.begin_token,
     )
 
 

@@ -21,7 +21,7 @@ from barber_jax.run.run_state import RunState
 NOT_COMPARED = (
     *("preset", "ckpt", "out", "format", "masks", "sparse_ckpt", "calibration", "text_field", "seed"),
     *("selection", "offload_activations", "compilation_cache", *PROCESS_OPTIONS),
-    *("overwrite", "resume", "verbose", "eval_text", "eval_dataset", "eval_windows"),
+    *("overwrite", "resume", "verbose", "eval_text", "eval_dataset", "eval_windows", "begin_token"),
 )
 """Options that do not change the result, and options that name inputs, whose content is compared instead."""
 STATE_VERSION = 2
