@@ -1,4 +1,4 @@
-# make demo: prune a real model here.   make test: the test suite.   Both make .venv and install what they need.
+# make demo: prune a real model here (MODEL=smollm2, or gemma).   make test: the test suite.   Both make .venv and install what they need.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
@@ -8,7 +8,7 @@ WORKERS ?= $(shell nproc 2> /dev/null || echo 2)
 .PHONY: demo test slow-test lint package clean
 
 demo: .venv/.installed
-	$(BIN)/python -m barber_jax.eval.demo .demo
+	$(BIN)/python -m barber_jax.eval.demo .demo $(if $(MODEL),--model $(MODEL))
 
 test: .venv/.installed-test
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope
