@@ -74,9 +74,10 @@ def test_results_that_cannot_be_written_are_one_line(lines):
 
 
 def test_results_that_nobody_reads_beside_an_error():
-    process = subprocess.Popen(
-        [sys.executable, "-c", RESULTS, "1", "fail"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    # Unbuffered, the print itself would fail, before the mistake.
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    line = [sys.executable, "-c", RESULTS, "1", "fail"]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=buffered)
     process.stdout.close()
     assert process.stderr.read() == b"error: a mistake\n" and process.wait(timeout=60) == 2
 
