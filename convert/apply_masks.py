@@ -10,7 +10,7 @@ from barber_jax.console.command import parse
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.extras import needs
 from barber_jax.console.locks import output_lock
-from barber_jax.console.outputs import new_folder, require_unmounted
+from barber_jax.console.outputs import check_name, new_folder, require_unmounted
 from barber_jax.console.quiet import held_output
 from barber_jax.convert.tokenizer_files import save_tokenizer
 from barber_jax.convert.torch_model import load_model
@@ -47,6 +47,8 @@ def apply(config: ApplyConfig) -> None:
     out = config.out
     if config.check_only and out:
         raise BarberError("--check-only saves nothing; leave out --out or --check-only")
+    if out:
+        check_name(out, [Path(config.model), config.masks])
     with output_lock(out) if out else contextlib.nullcontext():
         _apply(config)
 

@@ -18,7 +18,7 @@ from barber_jax.console import interrupt
 from barber_jax.console.errors import BarberError
 from barber_jax.console.files import expand, writing
 from barber_jax.console.locks import FolderIdentity, output_lock
-from barber_jax.console.outputs import PARTIAL
+from barber_jax.console.outputs import PARTIAL, check_name
 from barber_jax.convert.checkpoint import Checkpoint
 from barber_jax.convert.finite import require_finite
 from barber_jax.convert.hf_folder import INDEX
@@ -42,12 +42,13 @@ def claimed(out: Path, overwrite: bool, inputs: Iterable[Path]) -> Iterator[None
         inputs: files and folders that the run reads.
 
     Raises:
-        BarberError: another command holds the lock; `out` exists and may not be replaced, or cannot be; or it is,
-            contains or is inside an input.
+        BarberError: another command holds the lock; `out` exists and may not be replaced, or cannot be; it is,
+            contains or is inside an input; or it has a name for unfinished folders, or an input has.
     """
-    out = _absolute(out)
+    out, inputs = _absolute(out), list(inputs)
     # First, as the lock file must not be put into an input.
     _check_apart(out, inputs)
+    check_name(out, inputs)
     with output_lock(out):
         _check_replaceable(out, overwrite)
         _try_publishing(out)

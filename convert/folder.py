@@ -154,7 +154,9 @@ class ShardedFolder(ModelFolder):
         file, stored = self._stored[name]
         given = self._headers[file][stored][1]
         if given not in self.dtypes:
-            raise BarberError(f"{self.location}: tensor {name} has dtype {given}; known: {', '.join(self.dtypes)}")
+            raise BarberError(
+                f"{self.location}: tensor {name} has dtype {given}; known: {', '.join(self.dtypes)}; save it as one"
+            )
         return self.dtypes[given]
 
     def sources(self) -> list[Path]:

@@ -79,7 +79,9 @@ class OrbaxCheckpoint(ModelFolder):
     def dtype(self, name: str) -> np.dtype:
         given = np.dtype(self._stored[self._paths[name]].dtype)
         if given not in FLOATS.values():
-            raise BarberError(f"{self._tree}: tensor {name} has dtype {given}; known: {', '.join(FLOATS)}")
+            raise BarberError(
+                f"{self._tree}: tensor {name} has dtype {given}; known: {', '.join(FLOATS)}; save it as one"
+            )
         return given
 
     def fetch(self, name: str) -> np.ndarray:

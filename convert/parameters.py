@@ -133,6 +133,16 @@ def _remedy(name: str, checkpoint: Checkpoint, model: Model) -> str:
     if name == HEAD and base:
         (whole,) = plain_config(checkpoint.config)["architectures"]
         return f"it was saved from the base model ({base}), which has no head: save it from {whole}"
+    module = name.rpartition(".")[0]
+    if any(each.startswith(f"{module}.parametrizations.") for each in present):
+        return (
+            "it is parametrized (torch.nn.utils.parametrize): save the model again after squash_mask() of its "
+            "sparsifier, or remove_parametrizations"
+        )
+    if {f"{name}_g", f"{name}_v"} & present:
+        return "it is split by torch.nn.utils.weight_norm: save the model again after remove_weight_norm"
+    if any(each.endswith(f".{name}") for each in present):
+        return "its tensors have names with something in front; save the model itself, not what it is part of"
     pair = {model.names.embed["embed_tokens.embedding"], HEAD}
     if name in pair and pair & present:
         (other,) = pair - {name}

@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from barber_jax.console.errors import BarberError
@@ -76,6 +76,28 @@ def require_unmounted(out: Path) -> None:
         raise BarberError(f"{out} is a mount point, which cannot be replaced; name a new folder inside it")
 
 
+def check_name(out: Path, inputs: Iterable[Path] = ()) -> None:
+    """Check that the unfinished folder of an output folder, which is deleted if it is there, is nobody's.
+
+    Args:
+        inputs: files and folders that the command reads.
+
+    Raises:
+        BarberError: `out` has the name of another output's unfinished folder, or an input is in its own.
+    """
+    out = Path(os.path.realpath(expand(out)))
+    if out.name.endswith(PARTIAL):
+        raise BarberError(f"--out {out}: a name that ends in {PARTIAL} is for unfinished folders; choose another")
+    partial = out.parent / f"{out.name}{PARTIAL}"
+    for given in inputs:
+        path = Path(os.path.realpath(expand(given)))
+        if partial in (path, *path.parents):
+            raise BarberError(
+                f"--out {out}: {given} is in {partial}, which is the place for its unfinished files and would be "
+                "deleted; choose another --out, or rename that folder"
+            )
+
+
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """Context manager that makes a folder to write into, which gets the name `out` at the end of the body.
@@ -83,8 +105,10 @@ def new_folder(out: Path) -> Iterator[Path]:
     `out` must not exist, or be an empty folder. After an exception nothing is left.
 
     Raises:
-        BarberError: the folder cannot be made or renamed, or somebody else has removed or replaced it.
+        BarberError: the folder has a name for unfinished ones; it cannot be made or renamed; or somebody else has
+            removed or replaced it.
     """
+    check_name(out)
     out = Path(os.path.realpath(expand(out)))
     folder = out.with_name(out.name + PARTIAL)
     require_unmounted(out)

@@ -13,6 +13,9 @@ REMEDIES = {
     ".csv": "write it as .parquet: pandas.read_csv(file).to_parquet(...)",
     ".tsv": "write it as .parquet: pandas.read_csv(file, sep='\\t').to_parquet(...)",
     ".md": "copy it to a .txt, which is read as plain text",
+    ".ndjson": "rename it to .jsonl",
+    ".jsonlines": "rename it to .jsonl",
+    ".gz": "decompress it",
     ".zst": "decompress it",
     ".zip": "unpack it",
     ".xz": "decompress it",
@@ -126,6 +129,9 @@ def _shards(folder: Path) -> list[Path]:
     named = [file for file in sorted(folder.iterdir()) if not file.name.startswith((".", "_", "dataset_info"))]
     shards = [file for file in named if file.is_file() and _kind(file) not in (None, ".txt")]
     if not shards:
+        inside = (file for file in folder.glob("[!.]*/[!.]*") if file.is_file() and _kind(file))
+        if inner := min((file.parent for file in inside), default=None):
+            raise BarberError(f"{folder}: its files are in folders; give one of these, such as {inner}")
         raise BarberError(
             f"{folder}: not a folder of datasets.save_to_disk, nor one of .parquet, .arrow or .jsonl files; "
             f"give {FILE_TYPES}"

@@ -12,7 +12,7 @@ import pytest
 from barber_jax.console import outputs
 from barber_jax.console.errors import BarberError
 from barber_jax.console.locks import output_lock
-from barber_jax.console.outputs import new_folder, output_file, write_whole
+from barber_jax.console.outputs import check_name, new_folder, output_file, write_whole
 
 KINDS = [OSError(28, "No space left on device"), KeyboardInterrupt()]
 
@@ -152,3 +152,16 @@ def test_a_folder_of_somebody_else_is_not_published(tmp_path):
         folder.rename(tmp_path / "elsewhere")
         folder.mkdir()
     assert not (tmp_path / "out").exists() and folder.exists()
+
+
+def test_no_folder_is_deleted_that_only_has_the_name_of_an_unfinished_one(tmp_path):
+    """The result of another command, or what this one reads."""
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    partial.mkdir()
+    with pytest.raises(BarberError, match=r"--out .*out\.partial: a name that ends in \.partial"), new_folder(partial):
+        pass
+    (tmp_path / "link").symlink_to(partial)
+    check_name(out, [tmp_path, tmp_path / "other.partial"])
+    for given in (partial, partial / "model.gguf", tmp_path / "link"):
+        with pytest.raises(BarberError, match=r"is in .*out\.partial, .* would be deleted; choose another --out"):
+            check_name(out, [given])

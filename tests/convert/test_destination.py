@@ -113,6 +113,15 @@ def test_no_lock_is_put_into_an_input(inside, out, monkeypatch):
         pass
 
 
+def test_what_a_run_reads_is_not_deleted_as_what_a_killed_one_left(out):
+    given = out.with_name("new.partial")
+    out.rename(given)
+    for place, inputs in ((out.with_name("new"), [given]), (given, [])):
+        with pytest.raises(BarberError, match=r"new\.partial"), claimed(place, True, inputs):
+            pass
+    assert os.listdir(out.parent) == [given.name] and os.listdir(given) == ["run.json"]
+
+
 def test_what_was_put_in_place_of_the_runs_folder_is_not_published(tiny, tmp_path):
     with claimed(tmp_path / "out", False, []):
         with (

@@ -95,6 +95,25 @@ def test_base_models_and_old_spellings(tmp_path, tiny, family, prefix, architect
     assert load_file(tmp_path / "out/model.safetensors").keys() == load_file(source / "model.safetensors").keys()
 
 
+@pytest.mark.parametrize(
+    ("stored", "says"),
+    [
+        (".parametrizations.weight.original", r"up_proj\.weight is missing; it is parametrized .*squash_mask"),
+        (".weight_v", r"up_proj\.weight is missing; it is split by .*remove_weight_norm"),
+        (None, r"embed_tokens\.weight is missing; its tensors have names with something in front"),
+    ],
+    ids=["parametrized", "weight_norm", "prefix"],
+)
+def test_the_way_out_of_names_that_are_not_read(tmp_path, tiny, stored, says):
+    source = shutil.copytree(tiny(), tmp_path / "source")
+    weights = source / "model.safetensors"
+    rename = lambda name: name.replace("up_proj.weight", f"up_proj{stored}") if stored else f"language_model.{name}"  # noqa: E731
+    save_file({rename(name): tensor for name, tensor in load_file(weights).items()}, weights)
+    checkpoint = open_checkpoint(str(source))
+    with pytest.raises(BarberError, match=says):
+        check_tensors(checkpoint, build_model(checkpoint.config, np.dtype("float32")))
+
+
 def test_names_that_cannot_be_told_are_refused(tmp_path, tiny):
     with pytest.raises(BarberError, match=r"lora_A\.weight belongs to a PEFT adapter .* merge_and_unload"):
         stored_names(["base_model.model.model.a.lora_A.weight", "base_model.model.model.a.base_layer.weight"], "x", "m")

@@ -168,7 +168,9 @@ def test_an_edited_file_is_not_read_from_a_cache(tmp_path):
         ("a.txt", b"ab\xe9", "not UTF-8 at byte 2"),
         ("a.csv", b"text\n", r"unknown suffix '\.csv'; give \.txt, \.jsonl.*write it as \.parquet: pandas\.read_csv"),
         ("a.md", b"text\n", r"unknown suffix '\.md'; give \.txt.*copy it to a \.txt"),
-        ("a.parquet.gz", b"text\n", r"unknown suffix '\.gz'; give \.txt"),
+        ("a.parquet.gz", b"text\n", r"unknown suffix '\.gz'; give \.txt.*: decompress it"),
+        # Not as plain text: it would be JSON that is calibrated on.
+        ("a.ndjson", b"{}\n", r"unknown suffix '\.ndjson'; .*: rename it to \.jsonl"),
         ("a.jsonl.gz", b"text\n", "damaged or not gzip"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9], "damaged or not gzip"),
         ("a.json", b'[{"text": "a"}, 3]', "row 1 is not a JSON object"),
@@ -236,6 +238,11 @@ def test_binary_and_invalid_utf8_columns_are_refused(tmp_path):
 
 def test_refused_folders(tmp_path):
     refused(tmp_path, "not a folder of datasets.save_to_disk")
+    # As the repository of a dataset has them.
+    for name in (".git", "data"):
+        (tmp_path / "repository" / name).mkdir(parents=True)
+        (tmp_path / "repository" / name / "train.jsonl").touch()
+    refused(tmp_path / "repository", "its files are in folders; give one of these, such as .*repository/data$")
     one = datasets.Dataset.from_dict({"text": ["a"]})
     datasets.DatasetDict({"left": one, "right": one}).save_to_disk(tmp_path / "two")
     refused(tmp_path / "two", r"no split 'train' \(splits: left, right\)")

@@ -7,6 +7,7 @@ import shutil
 import pytest
 from cli import prune_masks
 
+import barber_jax
 from barber_jax.console.errors import BarberError
 from barber_jax.console.locks import output_lock
 from barber_jax.masks.mask_file import read_masks
@@ -15,6 +16,8 @@ COMMANDS = {
     "prune": ["--ckpt", "gone", "--calibration", "gone.npy", "--out", "out"],
     "prune again": ["--ckpt", "gone", "--calibration", "gone.npy", "--out", "out/", "--overwrite"],
     "prune on": ["--ckpt", "gone", "--calibration", "gone.npy", "--out", "../here/out", "--resume"],
+    "recover": ["--ckpt", "gone", "--text", "gone.npy", "--out", "link/", "--overwrite"],
+    "recover on": ["--ckpt", "gone", "--text", "gone.npy", "--out", "out", "--resume"],
     "convert.__main__": ["--ckpt", "gone", "--out", "link", "--overwrite"],
     "convert.apply_masks": ["--model", "gone", "--masks", "gone.safetensors", "--out", "out"],
     "report": ["out"],
@@ -48,6 +51,14 @@ def test_every_command_that_writes_a_folder(name, there):
         with pytest.raises(BarberError, match=f"{there}/out is being written by process {os.getpid()} on "):
             run(COMMANDS[name])
         assert snapshot(there) == before
+
+
+def test_saving_a_module_takes_the_lock_too(there):
+    class Module:
+        source = "gone"
+
+    with output_lock(there / "out"), pytest.raises(BarberError, match="out is being written by process"):
+        barber_jax.save(Module(), None, there / "link", overwrite=True)
 
 
 def test_training_takes_the_lock_too(tmp_path):
