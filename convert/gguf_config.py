@@ -12,12 +12,16 @@ UNSUPPORTED = (
     "expert_count",
     "attention.sliding_window",
     "attention.scale",
+    "attention.clamp_kqv",
+    "attention.max_alibi_bias",
     "attn_logit_softcapping",
     "final_logit_softcapping",
     "logit_scale",
     "embedding_scale",
     "residual_scale",
 )
+# Fields of that kind that change nothing only if they have this value.
+NEUTRAL = {"attention.causal": True, "rope.scaling.attn_factor": 1.0}
 # Llama's rotary base, which GGUF files of the first llama models do not store.
 DEFAULT_ROPE_BASE = 10000.0
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -83,7 +87,15 @@ def _refuse_unsupported(fields: dict) -> None:
     for key in UNSUPPORTED:
         value = fields.get(f"llama.{key}")
         if isinstance(value, str | list | np.ndarray) or value:
-            raise BarberError(f"llama.{key} = {value} is not supported; use a plain dense llama model")
+            raise _unsupported(key, value)
+    for key, neutral in NEUTRAL.items():
+        value = fields.get(f"llama.{key}", neutral)
+        if isinstance(value, str | list | np.ndarray) or value != neutral:
+            raise _unsupported(key, value)
+
+
+def _unsupported(key: str, value) -> BarberError:
+    return BarberError(f"llama.{key} = {value} is not supported; use a plain dense llama model")
 
 
 def _head_dim(fields: dict, hidden_size: int, heads: int) -> int:
