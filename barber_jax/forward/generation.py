@@ -14,6 +14,7 @@ from flax import nnx
 from jax import lax
 
 from barber_jax.console.errors import BarberError
+from barber_jax.forward.passes import not_finite
 from barber_jax.models.attention import BlockKVCache
 from barber_jax.models.decoder import Decoder
 from barber_jax.models.sharding import DATA, constrain
@@ -219,10 +220,7 @@ def run(
 def check_tokens(tokens: np.ndarray) -> None:
     """Raise BarberError if there is a `NO_TOKEN` among generated tokens."""
     if (tokens == NO_TOKEN).any():
-        raise BarberError(
-            "the model's logits are NaN or Inf: its activations do not fit the dtype in which it computes; "
-            "use float32 or bfloat16"
-        )
+        raise not_finite()
 
 
 def _array(values: Any) -> np.ndarray:

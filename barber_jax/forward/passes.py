@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from barber_jax.console.errors import BarberError
 from barber_jax.models.decoder import BlockDefinition, Definition
 from barber_jax.models.sharding import DATA, constrain
 
@@ -91,3 +92,11 @@ def statistics(
 def head(definition: Definition, parameters: Parameters, hidden: jax.Array) -> jax.Array:
     """Logits of one micro-batch: final hidden states [B, L, D] -> float32 [B, L, vocabulary]."""
     return definition.bind(parameters)(hidden).astype(jnp.float32)
+
+
+def not_finite() -> BarberError:
+    """The error for a model whose logits are NaN or Inf: tokens and figures made of them would look like any others."""
+    return BarberError(
+        "the model's logits are NaN or Inf: its activations do not fit the dtype in which it computes; "
+        "use float32 or bfloat16"
+    )

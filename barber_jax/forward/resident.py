@@ -18,7 +18,7 @@ from barber_jax.convert.parameters import read_parameters, read_stacked
 from barber_jax.devices.mesh import Devices
 from barber_jax.forward import generation
 from barber_jax.forward.generation import KVCache, Network, RunBlock, Sampling
-from barber_jax.forward.passes import Parameters
+from barber_jax.forward.passes import Parameters, not_finite
 from barber_jax.models.decoder import BlockDefinition, BlockStack, Definition
 from barber_jax.models.family import Model
 from barber_jax.models.sharding import DATA, constrain, parameter_axes
@@ -137,6 +137,9 @@ class ResidentModel:
 
         Returns:
             Natural log-probabilities, float32 [N], and whether each token is the most likely one, bool [N].
+
+        Raises:
+            BarberError: logits are not finite.
         """
         embed, blocks, head = self._definitions
         embed_parameters, stacked, head_parameters = self._parameters
@@ -148,7 +151,10 @@ class ResidentModel:
         with self._devices.context():
             hidden = _hidden_states(embed, blocks, embed_parameters, stacked, self._devices.put(ids, DATA))
             log_probabilities, greedy = _log_likelihoods(head, head_parameters, hidden, *map(self._devices.put, padded))
-        return np.asarray(log_probabilities)[:count], np.asarray(greedy)[:count]
+        found = np.asarray(log_probabilities)[:count]
+        if not np.isfinite(found).all():
+            raise not_finite()
+        return found, np.asarray(greedy)[:count]
 
     def generate(
         self,

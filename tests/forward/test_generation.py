@@ -10,6 +10,7 @@ import barber_jax
 from barber_jax import BarberError
 from barber_jax.convert.checkpoint import open_checkpoint
 from barber_jax.devices.mesh import Devices
+from barber_jax.forward import resident as resident_module
 from barber_jax.forward.generation import Sampling, choose, run
 from barber_jax.forward.resident import ResidentModel
 from barber_jax.models import build_model
@@ -157,3 +158,13 @@ def test_logits_that_are_not_finite_give_no_token(temperature):
     with pytest.raises(BarberError, match=r"logits are NaN or Inf.*use float32 or bfloat16"):
         steps = (lambda *_, **__: (token, None)), (lambda *_, **__: (token[:, None], token, None))
         run(*steps, np.zeros((3, 2), int), np.full(3, 2), 1, 1, lambda made: False, drawing)
+
+
+def test_figures_of_logits_that_are_not_finite_are_refused(tiny, monkeypatch):
+    """Of answers that are all NaN, the first would count as chosen."""
+    checkpoint = open_checkpoint(str(tiny()))
+    resident = ResidentModel(checkpoint, build_model(checkpoint.config, jnp.float32), Devices())
+    monkeypatch.setattr(resident_module, "_hidden_states", lambda *_: None)
+    monkeypatch.setattr(resident_module, "_log_likelihoods", lambda *_: (np.array([-1.0, np.nan]), np.zeros(2, bool)))
+    with pytest.raises(BarberError, match="logits are NaN or Inf"):
+        resident.log_likelihoods(np.zeros((1, 2), np.int32), *[np.zeros(2, np.int32)] * 3)
