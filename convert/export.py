@@ -172,6 +172,8 @@ class FolderWriter:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir()
             self._identity = FolderIdentity(self.folder)
+            # What may be replaced in the end.
+            self._earlier = FolderIdentity(self.out) if self.out.is_dir() else None
         self._open = contextlib.ExitStack()
         try:
             # The tokenizer is written first: if it cannot be, the run fails before the work and not after it.
@@ -248,15 +250,21 @@ class FolderWriter:
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     def publish(self) -> None:
-        """Rename the folder to its final name, replacing a folder that has it.
+        """Rename the folder to its final name, replacing a folder that had it from the start.
 
         Raises:
-            BarberError: the folder cannot be renamed, or is no longer the one that this object has written.
+            BarberError: the folder cannot be renamed, or is no longer the one that this object has written; or its
+                final name is another one's by now.
         """
         if not self._identity.is_at(self.folder):
             raise BarberError(
                 f"cannot write {self.out}: {self.folder} was removed or replaced by something else while it was "
                 "written; run the same command again"
+            )
+        if os.path.lexists(self.out) and not (self._earlier and self._earlier.is_at(self.out)):
+            raise BarberError(
+                f"{self.out} was not there when the run began, so it is not replaced; move it away and run the same "
+                "command again"
             )
         with interrupt.deferred(), writing(self.out):
             if not self.out.exists():
@@ -283,3 +291,5 @@ class FolderWriter:
         if self._identity.is_at(self.folder):
             shutil.rmtree(self.folder, ignore_errors=True)
         self._identity.close()
+        if self._earlier:
+            self._earlier.close()

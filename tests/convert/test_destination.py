@@ -137,6 +137,23 @@ def test_what_was_put_in_place_of_the_runs_folder_is_not_published(tiny, tmp_pat
         assert (tmp_path / "out.partial" / "other").exists() and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("earlier", [False, True])
+def test_what_came_to_the_final_name_meanwhile_is_not_replaced(tiny, tmp_path, earlier):
+    out, source = tmp_path / "out", HFFolder(tiny())
+    if earlier:
+        out.mkdir()
+        (out / "run.json").touch()
+    with claimed(out, True, []), FolderWriter(out, source) as writer:
+        writer.finish(set())
+        if earlier:
+            out.rename(tmp_path / "moved")
+        out.mkdir()
+        (out / "mine").touch()
+        with pytest.raises(BarberError, match="out was not there when the run began, so it is not replaced; move"):
+            writer.publish()
+    assert os.listdir(out) == ["mine"] and not (tmp_path / "out.partial").exists()
+
+
 def test_a_file_that_was_put_in_place_of_the_tensors_is_not_taken(tmp_path):
     path, partial = tmp_path / "a.safetensors", tmp_path / "a.safetensors.partial"
     writer = SafetensorsWriter(path, {"a": (np.dtype(np.float32), (2,))})
