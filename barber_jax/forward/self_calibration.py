@@ -5,8 +5,9 @@ time. A step is one dispatch for each block, and the caches are donated, so that
 copied to the host in between. Axis letters are those of `generation`.
 """
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -222,7 +223,7 @@ def write_samples(
             f"{samples} samples of {length} tokens: a model writes fewer than 2**31 tokens; lower --samples or --tokens"
         )
     writer, data = Writer.of(checkpoint, model, devices), devices.shape[0]
-    with devices.context():
+    with devices.context(), _quiet_devices():
         state = _cache_shapes(writer, model)
         batch = batch_size(samples, length, data, sum(each.dtype.itemsize * each.size for each in state) * model.layers)
         batches = -(-samples // batch)
@@ -242,6 +243,17 @@ def write_samples(
                 written.append(devices.fetch(_write(writer, model, sampling, boundary, state, length, report)))
                 check_tokens(written[-1])
     return np.concatenate(written)[:samples].astype(np.int32)
+
+
+@contextlib.contextmanager
+def _quiet_devices() -> Iterator[None]:
+    """Wait for the devices when the body is interrupted: a process that ends while they compute may crash."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):
+            jax.block_until_ready(jax.live_arrays())
+        raise
 
 
 def batch_size(samples: int, length: int, data: int, bytes_per_token: int) -> int:
