@@ -47,7 +47,7 @@ class AgainstTorchConfig:
     repeat: int = 3
     """Timed measurements of each; the fastest is reported. Not with --recover."""
     recover: bool = False
-    """Train instead, as barber_jax.recover does without remat, and compare the loss of every step."""
+    """Train instead, as barber_jax.recover does, and compare the loss of every step."""
     teacher: str | None = None
     """With --recover: dense checkpoint folder. Default: none, next-token cross-entropy alone."""
     batch: int = 4

@@ -2,8 +2,8 @@
 
 Both train the surviving weights of the same checkpoint on the same batches in float32, with the same teacher, learning
 rates, clipping and Adam. PyTorch's is the usual loop over transformers' model: `torch.optim.Adam` (its fused kernel)
-with a parameter group for each matrix, masks applied to gradients and weights in each step. Neither computes
-activations again for the gradient.
+with a parameter group for each matrix, masks applied to gradients and weights in each step. It keeps all
+activations for the gradient; barber_jax computes again what `--remat auto` says.
 """
 
 import statistics
@@ -62,7 +62,7 @@ def compare(training: Training) -> dict[str, Any]:
             transformers reads; PyTorch is not installed.
     """
     with tempfile.TemporaryDirectory() as scratch, Progress() as progress:
-        config = RecoverConfig(**vars(training), held_out=1, remat=False, out=Path(scratch) / "out")
+        config = RecoverConfig(**vars(training), held_out=1, out=Path(scratch) / "out")
         run = prepare(config, progress)
         for option, checkpoint in (("--ckpt", run.checkpoint), ("--teacher", run.teacher)):
             if checkpoint and not isinstance(checkpoint, HFFolder):

@@ -12,8 +12,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from barber_jax.models.attention import BlockKVCache
+
+PRODUCT = "product"
+"""Name for `jax.checkpoint` of what linears compute, before a bias."""
 
 Tap = Callable[[str, jax.Array], None]
 """Called with the name and value of an activation right before prunable linears read it."""
@@ -191,7 +195,18 @@ def nested(flat: dict[str, jax.Array]) -> dict:
 
 def linear(inputs: int, outputs: int, bias: bool, dtype, rngs: nnx.Rngs) -> nnx.Linear:
     """Linear layer with kernel [in, out] that computes in `dtype`."""
-    return nnx.Linear(inputs, outputs, use_bias=bias, dtype=dtype, rngs=rngs)
+    return nnx.Linear(inputs, outputs, use_bias=bias, dtype=dtype, dot_general=_product_of_rows, rngs=rngs)
+
+
+def _product_of_rows(x: jax.Array, kernel: jax.Array, dimensions: object, **options: Any) -> jax.Array:
+    """`lax.dot_general` of [..., in] and [in, out], all tokens as the rows of one matrix.
+
+    The product is the same. For the kernel's gradient of several axes of tokens, XLA transposes activations on a CPU,
+    which took a third of the time of a block's gradient.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    product = lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), **options)
+    return checkpoint_name(product.reshape(*x.shape[:-1], kernel.shape[1]), PRODUCT)
 
 
 def rms_norm(size: int, epsilon: float, dtype, rngs: nnx.Rngs) -> nnx.RMSNorm:

@@ -2,14 +2,18 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 
 from barber_jax.models.family import Model
 from barber_jax.recovery.objective import HEAD_TOKENS
+from barber_jax.recovery.program import Remat
 from barber_jax.recovery.training import Scope
 
 FLOAT = 4
+SMALL_MEMORY = 2**30
+"""Bytes on a CPU that products of linears may always take."""
 
 
 def operations_per_token(model: Model, length: int, scope: Scope, teacher: bool) -> int:
@@ -60,6 +64,7 @@ def memory(
     stored: str = "bfloat16",
     compute: str = "bfloat16",
     teacher: bool = True,
+    remat: Remat = "all",
 ) -> Memory:
     """Memory that a step needs on each device, as the shapes give it; what a compiler adds is not in it.
 
@@ -71,6 +76,7 @@ def memory(
         stored: dtype of the checkpoints.
         compute: dtype of activations.
         teacher: whether there is one.
+        remat: "all" or "light".
     """
     block, head = dict(model.block().shapes), dict(model.head().shapes)
     kernels = {path for sub in model.sub_blocks for path in sub.kernels}
@@ -85,6 +91,7 @@ def memory(
     size, width = jnp.dtype(stored).itemsize, jnp.dtype(compute).itemsize
     tokens = -(-micro_batch // devices) * length
     vocabulary = math.prod(head["lm_head.kernel"])
+    products = kept_products(model, tokens, compute) if remat == "light" else 0
     # Where it is trained, the head is float32 and has a gradient.
     heads = vocabulary * ((2 * FLOAT if scope == "all" else size) + size * teacher)
     return Memory(
@@ -98,9 +105,38 @@ def memory(
         # One block and its gradient, for factors their product and the merged block too; and the heads.
         gathered=(4 if scope == "lora" else 2) * FLOAT * layer + (heads if devices > 1 else 0),
         # The input of every block, and one block's own activations, about 12 of the hidden size and 6 of the MLP's.
-        activations=width * tokens * (model.hidden * (model.layers + 12) + 6 * _widest(block)),
+        activations=products + width * tokens * (model.hidden * (model.layers + 12) + 6 * _widest(block)),
         logits=FLOAT * HEAD_TOKENS * model.vocabulary * (5 if teacher else 3),
     )
+
+
+def kept_products(model: Model, tokens: int, compute: str) -> int:
+    """Bytes that the products of linears take which `remat="light"` keeps for the gradient.
+
+    Args:
+        tokens: of a device in a micro-batch.
+        compute: dtype of activations.
+    """
+    shapes = dict(model.block().shapes)
+    kernels = [path for sub in model.sub_blocks for path in sub.kernels]
+    # The gradient does not need what the last one computes: it is only added to the hidden state.
+    outputs = sum(shapes[path][1] for path in kernels[:-1])
+    return jnp.dtype(compute).itemsize * model.layers * tokens * outputs
+
+
+def choose_remat(platform: str, model: Model, *, devices: int, micro_batch: int, length: int, **given: Any) -> Remat:
+    """What `--remat auto` is: "light" on a CPU, unless that takes much memory; elsewhere "all".
+
+    Much is more than `SMALL_MEMORY`, and more than masters, moments and gradients together.
+
+    Args:
+        platform: of the devices.
+        given: other arguments of `memory`.
+    """
+    said = memory(model, devices=devices, micro_batch=micro_batch, length=length, **given)
+    kept = kept_products(model, -(-micro_batch // devices) * length, given.get("compute", "bfloat16"))
+    fits = kept <= max(SMALL_MEMORY, said.masters + said.moments + said.gradients)
+    return "light" if platform == "cpu" and fits else "all"
 
 
 def _widest(shapes: dict[str, tuple[int, ...]]) -> int:

@@ -26,6 +26,9 @@ from barber_jax.devices.options import PROCESS_OPTIONS, parse_mesh
 from barber_jax.forward.evaluation import evaluation_windows
 from barber_jax.models import build_model
 from barber_jax.models.family import Model
+from barber_jax.recovery.cost import choose_remat
+from barber_jax.recovery.options import DEFAULT_RANK
+from barber_jax.recovery.program import Remat
 from barber_jax.recovery.recover_config import RecoverConfig
 from barber_jax.recovery.self_text import self_text
 from barber_jax.recovery.source import MaskSource, open_masks
@@ -82,6 +85,8 @@ def prepare(config: RecoverConfig, progress: Progress) -> Prepared:
     check_rank(config, model)
     masks = open_masks(config.masks, checkpoint, model)
     config = with_micro_batch(config, len(devices.used), devices.used[0].platform)
+    if config.remat == "auto":
+        config = dataclasses.replace(config, remat=remat(config, model, devices))
     tokens_per_step = config.batch * config.length
     needed = config.tokens or (config.steps or 0) * tokens_per_step
     cache = sibling_path(config.out, ".text")
@@ -179,6 +184,20 @@ def with_micro_batch(config: RecoverConfig, devices: int, platform: str) -> Reco
         b for b in range(devices, config.batch + 1, devices) if config.batch % b == 0 and (b <= most or b == devices)
     )
     return dataclasses.replace(config, micro_batch=size)
+
+
+def remat(config: RecoverConfig, model: Model, devices: Devices) -> Remat:
+    """What `--remat auto` is."""
+    return choose_remat(
+        devices.used[0].platform,
+        model,
+        devices=len(devices.used),
+        micro_batch=config.micro_batch,
+        length=config.length,
+        scope=config.scope,
+        rank=config.rank or DEFAULT_RANK,
+        compute=config.compute_dtype,
+    )
 
 
 def run_identity(

@@ -87,8 +87,9 @@ class TrainingOptions(OptionGroup):
     """What is trained: surviving weights, all (norms, biases and embeddings too), lora (low-rank factors)."""
     rank: int | None = None
     """Rank of the factors of --scope lora. Default 16."""
-    remat: bool = True
-    """Recompute activations in the backward pass (gradient checkpointing): less memory, a fifth more operations."""
+    remat: Literal["auto", "all", "light", "none"] = "auto"
+    """What of a block is recomputed in the backward pass (gradient checkpointing): all (least memory), light (all but
+    matrix products), or none. Default: by size and device."""
 
     def settle(self) -> None:
         self._require_least(1, "tokens", "steps", "batch", "micro_batch", "rank")

@@ -9,7 +9,7 @@ and so are samples. A block's parameters are gathered when the block is computed
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from barber_jax.convert.checkpoint import Checkpoint
 from barber_jax.convert.parameters import read_parameters, read_stacked
 from barber_jax.devices.mesh import Devices
 from barber_jax.forward.passes import Parameters
-from barber_jax.models.decoder import BlockDefinition, BlockStack, Definition
+from barber_jax.models.decoder import PRODUCT, BlockDefinition, BlockStack, Definition
 from barber_jax.models.family import Model
 from barber_jax.models.sharding import DATA, MODEL, constrain
 from barber_jax.recovery import lora
@@ -30,6 +30,10 @@ ALL = (DATA, MODEL)
 SMALL = 1 << 16
 """Elements of a parameter below which it may be replicated."""
 
+Remat = Literal["all", "light", "none"]
+"""What of a block is computed again for the gradient instead of being kept: everything; everything but the products of
+its linears, which are most of the work; nothing."""
+
 
 @dataclass(frozen=True)
 class Program:
@@ -38,17 +42,17 @@ class Program:
     Attributes:
         embed, blocks, head: definitions of the parts.
         tied: path of the head's kernel where it is the token embedding transposed, and that embedding's path.
-        remat: whether a block's activations are computed again for the gradient instead of being kept.
+        remat: what is computed again for the gradient.
     """
 
     embed: Definition
     blocks: BlockStack
     head: Definition
     tied: tuple[str, str] | None
-    remat: bool = True
+    remat: Remat = "all"
 
     @classmethod
-    def of(cls, model: Model, remat: bool = True) -> "Program":
+    def of(cls, model: Model, remat: Remat = "all") -> "Program":
         """The program of a model."""
         embedding = {name: path for path, name in model.names.embed.items()}
         shared = [(path, embedding[name]) for path, name in model.names.head.items() if name in embedding]
@@ -78,8 +82,9 @@ class Program:
             whole, kept = ({path: constrain(value) for path, value in part.items()} for part in layer)
             return constrain(block.run(lora.merge(whole, kept), hidden), ALL), None
 
-        if self.remat:
-            step = jax.checkpoint(step, prevent_cse=False, static_argnums=0)
+        if self.remat != "none":
+            kept = jax.checkpoint_policies.save_only_these_names(*([PRODUCT] if self.remat == "light" else []))
+            step = jax.checkpoint(step, prevent_cse=False, policy=kept, static_argnums=0)
         hidden = constrain(self.embed.bind(part(parameters, EMBED))(ids), ALL)
         return self.blocks.scan(step, hidden, (part(parameters, BLOCKS), part(masks, BLOCKS)))[0]
 

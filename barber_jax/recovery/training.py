@@ -6,7 +6,7 @@ rate is a fraction of the root mean square of its surviving weights.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from barber_jax.recovery import lora
 from barber_jax.recovery.objective import Metrics, Objective
 from barber_jax.recovery.program import ALL, Program, shard
 
-B1, B2 = 0.9, 0.95
+B1, B2, EPSILON = 0.9, 0.95, 1e-8
 MIN_SCALE = 1e-3
 """Lower bound of the root mean square that a learning rate is a fraction of: biases may all be zero."""
 
@@ -43,9 +43,8 @@ class Plan:
     mesh: tuple[int, int] = (1, 1)
 
     def optimizer(self) -> optax.GradientTransformationExtraArgs:
-        """Clipped Adam, of which the learning rate is left out. Its updates are given masks."""
-        descent = optax.chain(optax.clip_by_global_norm(self.clip), optax.scale_by_adam(B1, B2), optax.scale(-1.0))
-        return keep_pruned(descent)
+        """Adam, of which `train_step` takes the moments. Its updates are given masks."""
+        return keep_pruned(optax.scale_by_adam(B1, B2, EPSILON))
 
 
 def learning_rates(rate: float, steps: int, warm_up: float) -> np.ndarray:
@@ -155,26 +154,52 @@ def train_step(
         The state after the step, or the state before it if loss or gradient are not finite; and the metrics of
         `Objective` and the norm of the gradient.
     """
-    names = state.values
-    low_rank = masks if any(name.endswith(lora.FIRST) for name in names) else {}
+    gradient, metrics = _mean_gradient(plan, state.values, frozen, masks, teacher, ids)
+    own = of_values(masks, state.values)
+    norm = optax.tree.norm(zero_pruned(own, gradient))
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
 
-    def micro_batch(total: tuple, piece: jax.Array) -> tuple[tuple, None]:
-        gradient, metrics = plan.objective.gradient(state.values, frozen, low_rank, teacher, constrain(piece, ALL))
-        gradient, metrics = jax.tree.map(jnp.add, total, (gradient, metrics))
+    def kept(after: Any, before: Any) -> Any:
+        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
+
+    clipped = jax.tree.map(lambda value: value * jnp.minimum(1.0, plan.clip / norm), gradient)
+    _, optimizer = plan.optimizer().update(clipped, state.optimizer, state.values, masks=own)
+    # Where weights are computed from moments that are not computed again for it, XLA reads and writes each array once.
+    optimizer = lax.optimization_barrier(kept(_shard_state(optimizer, plan.mesh), state.optimizer))
+    updates = adam_direction(optimizer.inner)
+    moved = {name: value - rate * scales[name] * updates[name] for name, value in state.values.items()}
+    values = shard(zero_pruned(own, moved), plan.mesh)
+    after = State(kept(values, state.values), optimizer, kept(state.step + 1, state.step))
+    return after, {**metrics, "gradient_norm": norm}
+
+
+def adam_direction(state: optax.ScaleByAdamState) -> Parameters:
+    """What Adam subtracts, times the learning rate, from its state after an update."""
+    first = optax.tree.bias_correction(state.mu, B1, state.count)
+    second = optax.tree.bias_correction(state.nu, B2, state.count)
+    return jax.tree.map(lambda mean, square: mean / (jnp.sqrt(square) + EPSILON), first, second)
+
+
+def _mean_gradient(
+    plan: Plan, values: Parameters, frozen: Parameters, masks: Parameters, teacher: Parameters, ids: jax.Array
+) -> tuple[Parameters, Metrics]:
+    """Gradient and metrics of `Objective.gradient`, means over the micro-batches of ids int32 [A, B, L]."""
+    low_rank = masks if any(name.endswith(lora.FIRST) for name in values) else {}
+
+    def of_micro_batch(piece: jax.Array) -> tuple[Parameters, Metrics]:
+        gradient, metrics = plan.objective.gradient(values, frozen, low_rank, teacher, constrain(piece, ALL))
+        return shard(gradient, plan.mesh), metrics
+
+    if ids.shape[0] == 1:
+        return of_micro_batch(ids[0])
+
+    def add(total: tuple, piece: jax.Array) -> tuple[tuple, None]:
+        gradient, metrics = jax.tree.map(jnp.add, total, of_micro_batch(piece))
         return (shard(gradient, plan.mesh), metrics), None
 
     zeros = {name: jnp.zeros((), jnp.float32) for name in ("loss", "kl", "cross_entropy")}
-    start = (shard(jax.tree.map(jnp.zeros_like, state.values), plan.mesh), zeros)
-    total, _ = lax.scan(micro_batch, start, ids)
-    gradient, metrics = jax.tree.map(lambda value: value / ids.shape[0], total)
-    own = of_values(masks, names)
-    norm = optax.tree.norm(zero_pruned(own, gradient))
-    updates, optimizer = plan.optimizer().update(gradient, state.optimizer, state.values, masks=own)
-    values = {name: value + rate * scales[name] * updates[name] for name, value in state.values.items()}
-    after = State(shard(values, plan.mesh), _shard_state(optimizer, plan.mesh), state.step + 1)
-    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-    kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
-    return kept, {**metrics, "gradient_norm": norm}
+    start = (shard(jax.tree.map(jnp.zeros_like, values), plan.mesh), zeros)
+    return jax.tree.map(lambda value: value / ids.shape[0], lax.scan(add, start, ids)[0])
 
 
 @partial(jax.jit, static_argnames=("plan", "dtypes"))

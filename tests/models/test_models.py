@@ -13,7 +13,7 @@ from barber_jax.console.errors import BarberError
 from barber_jax.convert.checkpoint import open_checkpoint
 from barber_jax.convert.parameters import read_parameters, to_flax, to_hf
 from barber_jax.models import build_model
-from barber_jax.models.decoder import nested
+from barber_jax.models.decoder import GatedMLP, nested
 from barber_jax.models.rope import Rope
 
 LAYOUTS = {
@@ -131,3 +131,16 @@ def test_llama3_frequencies_against_the_three_regimes():
     np.testing.assert_allclose(scaled[wavelength > 32], plain[wavelength > 32] / 8, rtol=1e-6)
     between = (wavelength > 8) & (wavelength < 32)
     assert ((scaled < plain) & (scaled > plain / 8))[between].all() and between.any()
+
+
+def test_gradients_of_linears_transpose_no_activations():
+    """On a CPU, XLA copies [in, tokens] and [out, tokens] for the gradient of `lax.dot_general` of [S, L, in]."""
+    inputs, inner, shape = 16, 40, (2, 12, 16)
+    definition, parameters = nnx.split(GatedMLP(inputs, inner, "silu", False, jnp.float32, nnx.Rngs(0)))
+
+    def loss(parameters, x):
+        return jnp.sum(nnx.merge(definition, parameters)(x, lambda name, value: None) ** 2)
+
+    program = jax.jit(jax.grad(loss)).lower(parameters, jnp.ones(shape)).compile().as_text()
+    assert f"f32[24,{inner}]" in program
+    assert not [size for size in (inputs, inner) if f"f32[{size},24]" in program or f"f32[{size},2,12]" in program]

@@ -67,6 +67,22 @@ def test_memory_is_that_of_the_shapes(name, scope):
     assert said.total == sum(vars(said).values())
 
 
+def test_products_are_kept_on_a_cpu_where_they_take_little():
+    model = llama(**SIZES["LLaMA 3.2 1B"])
+    given = dict(devices=1, micro_batch=4, length=512, compute="float32")
+    kept = cost.kept_products(model, 2048, "float32")
+    # q, k, v and o, gate and up of every block.
+    assert kept == 4 * 2048 * 16 * (2048 + 512 + 512 + 2048 + 8192 + 8192)
+    plain, light = (cost.memory(model, **given, remat=remat) for remat in ("all", "light"))
+    assert light.total - plain.total == kept
+    assert cost.choose_remat("cpu", model, **given) == "light"
+    assert cost.choose_remat("gpu", model, **given) == "all"
+    assert cost.choose_remat("cpu", model, **{**given, "micro_batch": 64}) == "all"
+    # Factors have hardly any moments.
+    assert cost.choose_remat("cpu", model, **given, scope="lora") == "all"
+    assert cost.choose_remat("cpu", llama(**TINY), **given, scope="lora") == "light"
+
+
 @pytest.mark.parametrize("teacher", [True, False])
 def test_operations_are_those_that_xla_counts(teacher):
     model, length = llama(**TINY), 48

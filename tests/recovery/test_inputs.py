@@ -41,6 +41,8 @@ def test_what_is_right_is_prepared(given):
     for changes, steps in (({"steps": None, "tokens": 65}, 2), ({"steps": None}, 28 // 4)):
         with Progress(silent=True) as progress:
             assert prepare(RecoverConfig(**{**given, **changes}), progress).config.steps == steps
+    # What is computed again is filled in too, for a resume to compare.
+    assert run.config.remat == run.identity["--remat"] == "light"
 
 
 def test_text_that_the_teacher_writes(given, monkeypatch):

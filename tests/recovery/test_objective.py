@@ -11,15 +11,15 @@ from barber_jax.recovery.lora import FIRST, SECOND
 
 slow = pytest.mark.slow
 CASES = [
-    pytest.param("llama", {}, "all", 0.25, True, id="llama, all, both losses"),
-    pytest.param("llama", {}, "weights", None, False, id="llama, weights, no teacher"),
-    pytest.param("opt", {}, "all", None, True, id="opt, all, no teacher"),
-    pytest.param("llama", {"tie_word_embeddings": True}, "all", 0.0, True, id="tied, all, teacher"),
+    pytest.param("llama", {}, "all", 0.25, "all", id="llama, all, both losses"),
+    pytest.param("llama", {}, "weights", None, "light", id="llama, weights, no teacher"),
+    pytest.param("opt", {}, "all", None, "light", id="opt, all, no teacher"),
+    pytest.param("llama", {"tie_word_embeddings": True}, "all", 0.0, "none", id="tied, all, teacher"),
     pytest.param(
-        "llama", {"tie_word_embeddings": True}, "weights", 0.0, False, id="tied, weights, teacher", marks=slow
+        "llama", {"tie_word_embeddings": True}, "weights", 0.0, "none", id="tied, weights, teacher", marks=slow
     ),
-    pytest.param("opt", {}, "weights", 0.5, True, id="opt, weights, both losses", marks=slow),
-    pytest.param("qwen3", {}, "all", 1.0, False, id="qwen3, all, cross-entropy", marks=slow),
+    pytest.param("opt", {}, "weights", 0.5, "all", id="opt, weights, both losses", marks=slow),
+    pytest.param("qwen3", {}, "all", 1.0, "light", id="qwen3, all, cross-entropy", marks=slow),
 ]
 
 

@@ -68,23 +68,26 @@ def test_losses_of_one_device_and_nothing_large_is_replicated(mesh, scope, alone
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mesh", "scope"), [((2, 4), "weights"), ((8, 1), "all"), ((8, 1), "lora")])
-def test_memory_of_the_compiled_step(mesh, scope, tmp_path, optimized):
+@pytest.mark.parametrize(
+    ("mesh", "scope", "remat"),
+    [((2, 4), "weights", "all"), ((2, 4), "weights", "light"), ((8, 1), "all", "all"), ((8, 1), "lora", "all")],
+)
+def test_memory_of_the_compiled_step(mesh, scope, remat, tmp_path, optimized):
     """What XLA plans for each device is what the arithmetic says; gradients held whole would make it far more."""
     sizes = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=12, vocab_size=1024)
     write_model(tmp_path, num_attention_heads=4, num_key_value_heads=4, dtype="bfloat16", **sizes)
-    devices = Devices.of(mesh)
+    # Long enough that products would show.
+    devices, length = Devices.of(mesh), 512 if remat == "light" else 32
     with devices.context():
         model = whole(tmp_path, devices)
-        objective = model.objective(0.5, devices=8)
+        objective = model.objective(0.5, remat, devices=8)
         rank = 16 if scope == "lora" else 0
         plan, state, scales, frozen = model.begin(objective, scope, rank, devices.shape)
-        ids = devices.put(np.zeros((2, 8, 32), np.int32), None, ALL)
+        ids = devices.put(np.zeros((2, 8, length), np.int32), None, ALL)
         arguments = (state, scales, frozen, model.masks, model.dense, ids, np.float32(0.1))
         planned = train_step.lower(plan, *arguments).compile().memory_analysis()
-    said = cost.memory(
-        model.model, devices=8, micro_batch=8, length=32, scope=scope, rank=16, stored="bfloat16", compute="float32"
-    )
+    given = dict(devices=8, micro_batch=8, length=length, scope=scope, rank=16, remat=remat)
+    said = cost.memory(model.model, **given, stored="bfloat16", compute="float32")
     arguments = said.masters + said.moments + said.masks + said.frozen + said.teacher
     # Small arrays are replicated: norms, and the ids.
     assert arguments <= planned.argument_size_in_bytes <= 1.05 * arguments + 65536

@@ -31,7 +31,7 @@ class Whole:
     def sparse(self):
         return {**self.dense, **{name: jnp.where(mask, self.dense[name], 0) for name, mask in self.masks.items()}}
 
-    def objective(self, mix=1.0, remat=True, devices=1):
+    def objective(self, mix=1.0, remat="all", devices=1):
         return Objective(Program.of(self.model, remat), mix, devices)
 
     def begin(self, objective, scope="weights", rank=0, mesh=(1, 1), clip=1.0, sparse=None):
