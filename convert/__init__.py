@@ -7,7 +7,8 @@ May import: console, masks, models, data.
 | `checkpoint` | the interface of every reader: tensors are read one at a time |
 | `folder`, `hf_folder`, `torch_bin`, `orbax_folder` | readers of checkpoint folders |
 | `tensor_names` | stored tensor names -> Hugging Face's names of the whole model |
-| `gguf_file`, `gguf_header`, `gguf_split`, `gguf_config`, `gguf_tokenizer` | the reader of .gguf files |
+| `gguf_file`, `gguf_header`, `gguf_split`, `gguf_layout`, `gguf_tokenizer` | the reader of .gguf files |
+| `gguf_config`, `gguf_gemma` | config.json of a llama or Gemma model in a .gguf file |
 | `tokenizer_files` | writing of a tokenizer's files |
 | `download` | downloads from the Hugging Face Hub |
 | `tied_head` | which matrix is the head where config.json and the tensors disagree |

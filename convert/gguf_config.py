@@ -1,6 +1,7 @@
 """Builds the Hugging Face configuration of a llama model from the metadata of a GGUF file."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -36,34 +37,31 @@ def llama_config(fields: dict, vocab_size: int, rope_freqs: np.ndarray | None) -
         rope_freqs: the `rope_freqs.weight` tensor [head_dim / 2], if the file has one.
 
     Raises:
-        BarberError: another architecture, a missing or invalid field, or an unsupported feature.
+        BarberError: a missing or invalid field, or an unsupported feature.
     """
-    architecture = fields.get("general.architecture")
-    if not isinstance(architecture, str) or architecture != "llama":
-        raise BarberError(f"architecture {architecture!r} is not supported in a .gguf file, only 'llama'")
-    _refuse_unsupported(fields)
-    heads = _count(fields, "llama.attention.head_count")
-    key_value_heads = _count(fields, "llama.attention.head_count_kv", heads)
+    refuse_unsupported(fields, "llama", UNSUPPORTED)
+    heads = count(fields, "llama.attention.head_count")
+    key_value_heads = count(fields, "llama.attention.head_count_kv", heads)
     if heads % key_value_heads:
         raise BarberError(f"llama.attention.head_count {heads} is not a multiple of head_count_kv {key_value_heads}")
-    hidden_size = _count(fields, "llama.embedding_length")
-    head_dim = _head_dim(fields, hidden_size, heads)
-    rope_theta = _positive(fields, "llama.rope.freq_base", DEFAULT_ROPE_BASE)
+    hidden_size = count(fields, "llama.embedding_length")
+    head_dim = head_size(fields, "llama", hidden_size, heads)
+    rope_theta = positive(fields, "llama.rope.freq_base", DEFAULT_ROPE_BASE)
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
-        "intermediate_size": _count(fields, "llama.feed_forward_length"),
-        "num_hidden_layers": _count(fields, "llama.block_count"),
+        "intermediate_size": count(fields, "llama.feed_forward_length"),
+        "num_hidden_layers": count(fields, "llama.block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": key_value_heads,
         "head_dim": head_dim,
         "hidden_act": "silu",
-        "rms_norm_eps": _float32(_positive(fields, "llama.attention.layer_norm_rms_epsilon")),
+        "rms_norm_eps": float32(positive(fields, "llama.attention.layer_norm_rms_epsilon")),
         "rope_theta": rope_theta,
         "rope_scaling": _rope_scaling(fields, rope_theta, head_dim, rope_freqs),
-        "max_position_embeddings": _count(fields, "llama.context_length"),
+        "max_position_embeddings": count(fields, "llama.context_length"),
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "use_cache": True,
@@ -83,36 +81,39 @@ def llama3_factors(rope_theta: float, head_dim: int, factor: float) -> np.ndarra
     return 1.0 / ((1.0 - smooth) / factor + smooth)
 
 
-def _refuse_unsupported(fields: dict) -> None:
-    for key in UNSUPPORTED:
-        value = fields.get(f"llama.{key}")
+def refuse_unsupported(fields: dict, architecture: str, keys: Sequence[str]) -> None:
+    """Raise BarberError if a field of the architecture has one of these names, and a value other than 0."""
+    for key in keys:
+        value = fields.get(f"{architecture}.{key}")
         if isinstance(value, str | list | np.ndarray) or value:
-            raise _unsupported(key, value)
+            raise _unsupported(architecture, key, value)
     for key, neutral in NEUTRAL.items():
-        value = fields.get(f"llama.{key}", neutral)
+        value = fields.get(f"{architecture}.{key}", neutral)
         if isinstance(value, str | list | np.ndarray) or value != neutral:
-            raise _unsupported(key, value)
+            raise _unsupported(architecture, key, value)
 
 
-def _unsupported(key: str, value) -> BarberError:
-    return BarberError(f"llama.{key} = {value} is not supported; use a plain dense llama model")
+def _unsupported(architecture: str, key: str, value) -> BarberError:
+    return BarberError(f"{architecture}.{key} = {value} is not supported; use a plain dense {architecture} model")
 
 
-def _head_dim(fields: dict, hidden_size: int, heads: int) -> int:
-    if "llama.attention.key_length" not in fields and hidden_size % heads:
-        raise BarberError(f"llama.embedding_length {hidden_size} is not a multiple of head_count {heads}")
-    head_dim = _count(fields, "llama.attention.key_length", hidden_size // heads)
+def head_size(fields: dict, architecture: str, hidden_size: int, heads: int) -> int:
+    """Features of a head. Raises BarberError if rotary positions do not fit them all."""
+    key = f"{architecture}.attention.key_length"
+    if key not in fields and hidden_size % heads:
+        raise BarberError(f"{architecture}.embedding_length {hidden_size} is not a multiple of head_count {heads}")
+    head_dim = count(fields, key, hidden_size // heads)
     if head_dim % 2:
         raise BarberError(f"head dimension {head_dim} is odd, but RoPE needs an even one; convert the model again")
-    for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
-        value = _count(fields, key, head_dim)
+    for key in (f"{architecture}.rope.dimension_count", f"{architecture}.attention.value_length"):
+        value = count(fields, key, head_dim)
         if value != head_dim:
             raise BarberError(f"{key} = {value} differs from the head dimension {head_dim}, which is not supported")
     return head_dim
 
 
 def _rope_scaling(fields: dict, rope_theta: float, head_dim: int, rope_freqs: np.ndarray | None) -> dict | None:
-    linear = _linear_scaling(fields)
+    linear = linear_scaling(fields, "llama")
     if rope_freqs is None:
         return linear
     if linear is not None:
@@ -120,12 +121,14 @@ def _rope_scaling(fields: dict, rope_theta: float, head_dim: int, rope_freqs: np
     return _llama3_scaling(rope_freqs, rope_theta, head_dim)
 
 
-def _linear_scaling(fields: dict) -> dict | None:
+def linear_scaling(fields: dict, architecture: str) -> dict | None:
+    """The linear entry of rope_scaling, or None."""
+    rope = f"{architecture}.rope"
     # Files from before rope.scaling.type support linear scaling only, under another key.
-    factor = _positive(fields, "llama.rope.scaling.factor", _positive(fields, "llama.rope.scale_linear", 1.0))
-    kind = fields.get("llama.rope.scaling.type", "linear")
+    factor = positive(fields, f"{rope}.scaling.factor", positive(fields, f"{rope}.scale_linear", 1.0))
+    kind = fields.get(f"{rope}.scaling.type", "linear")
     if not isinstance(kind, str) or kind not in ("none", "linear"):
-        raise BarberError(f"llama.rope.scaling.type {kind!r} is not supported, only none, linear and llama 3.1's")
+        raise BarberError(f"{rope}.scaling.type {kind!r} is not supported, only none, linear and llama 3.1's")
     if kind == "none" or factor == 1.0:
         return None
     return {"rope_type": "linear", "factor": factor}
@@ -145,14 +148,16 @@ def _llama3_scaling(rope_freqs: np.ndarray, rope_theta: float, head_dim: int) ->
     return {"rope_type": "llama3", "factor": factor, **LLAMA3_ROPE}
 
 
-def _count(fields: dict, key: str, default: int | None = None) -> int:
+def count(fields: dict, key: str, default: int | None = None) -> int:
+    """A field that is a whole number above 0. Raises BarberError if it is missing or another."""
     value = _field(fields, key, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise BarberError(f"metadata field {key} must be one whole number above 0; convert the model again")
     return value
 
 
-def _positive(fields: dict, key: str, default: float | None = None) -> float:
+def positive(fields: dict, key: str, default: float | None = None) -> float:
+    """A field that is a number above 0. Raises BarberError if it is missing or another."""
     value = _field(fields, key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not SMALLEST <= value <= LARGEST:
         raise BarberError(f"metadata field {key} must be one finite number above 0; convert the model again")
@@ -166,6 +171,6 @@ def _field(fields: dict, key: str, default):
     return value
 
 
-def _float32(value: float) -> float:
+def float32(value: float) -> float:
     """The shortest decimal that rounds to this float32: the file stores 1e-05 as 9.999999747378752e-06."""
     return float(str(np.float32(value)))

@@ -1,10 +1,8 @@
-"""Reads a GGUF file of the llama architecture as a checkpoint with Hugging Face names, layout and configuration."""
+"""Reads a GGUF file as a checkpoint with Hugging Face names, layout and configuration."""
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -15,7 +13,9 @@ from barber_jax.console.errors import BarberError
 from barber_jax.console.files import FileState
 from barber_jax.convert.checkpoint import Checkpoint, split_files
 from barber_jax.convert.gguf_config import llama_config
+from barber_jax.convert.gguf_gemma import gemma_config
 from barber_jax.convert.gguf_header import Header, StoredTensor
+from barber_jax.convert.gguf_layout import ATTENTION, LAYOUTS, MLP, model_tensors
 from barber_jax.convert.gguf_split import read_parts
 from barber_jax.convert.gguf_tokenizer import UnknownTokenizer, build_tokenizer, has_tokenizer, special_ids
 from barber_jax.convert.tokenizer_files import save_tokenizer
@@ -29,21 +29,6 @@ UNQUANTISED = {
     GGMLQuantizationType.F16: np.dtype(np.float16),
     GGMLQuantizationType.BF16: np.dtype(ml_dtypes.bfloat16),
 }
-ATTENTION = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-}
-MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
-
-
-class _Source(NamedTuple):
-    """Where a Hugging Face tensor comes from: its GGUF name, its shape, and its number of rotary heads (0 if none)."""
-
-    stored: str
-    shape: tuple[int, ...]
-    rotary_heads: int = 0
 
 
 class GGUFCheckpoint(Checkpoint):
@@ -56,15 +41,16 @@ class GGUFCheckpoint(Checkpoint):
         """Open `path`.
 
         Raises:
-            BarberError: the file is not a valid GGUF file of the llama architecture, or uses an unsupported feature.
+            BarberError: the file is not a valid GGUF file, or has an unsupported architecture or feature.
         """
         self.location = str(path)
         self._header, self._parts = read_parts(path)
         self._states = {part: FileState(part) for part in self._parts.values()}
         try:
+            self.architecture = self._read_architecture()
             self.config = self._read_config()
             self._check_blocks()
-            self._sources = dict(_llama_tensors(self.config))
+            self._sources = dict(model_tensors(self.architecture, self.config))
             self._check_tensors()
         except BarberError as error:
             raise BarberError(f"{path}: {error}") from None
@@ -86,7 +72,8 @@ class GGUFCheckpoint(Checkpoint):
 
     def dtype(self, name: str) -> np.dtype:
         """Dtype of a tensor as `fetch` returns it, without reading it."""
-        tensor = self._header.tensors.get(self._sources[name].stored)
+        source = self._sources[name]
+        tensor = None if source.added else self._header.tensors.get(source.stored)
         return np.dtype(np.float32) if tensor is None else UNQUANTISED.get(tensor.kind, np.dtype(np.float32))
 
     def fetch(self, name: str) -> np.ndarray:
@@ -99,6 +86,9 @@ class GGUFCheckpoint(Checkpoint):
         if source.stored not in self._header.tensors:
             return np.zeros(source.shape, np.float32)
         value = self._decode(source.stored)
+        if source.added:
+            # In float32: adding 1 and taking it away again loses next to nothing of weights that were bfloat16.
+            return value.astype(np.float32) - np.float32(source.added)
         return unpermute(value, source.rotary_heads) if source.rotary_heads else value
 
     def tokenizer(self):
@@ -137,15 +127,26 @@ class GGUFCheckpoint(Checkpoint):
         (Path(folder) / "generation_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         return missing
 
+    def _read_architecture(self) -> str:
+        architecture = self._header.fields.get("general.architecture")
+        if not isinstance(architecture, str) or architecture not in LAYOUTS:
+            known = ", ".join(LAYOUTS)
+            raise BarberError(f"architecture {architecture!r} is not supported in a .gguf file (known: {known})")
+        return architecture
+
     def _read_config(self) -> dict:
         header = self._header
         embedding = header.tensors.get("token_embd.weight")
-        rope_freqs = self._decode(ROPE_FREQS) if ROPE_FREQS in header.tensors else None
+        vocabulary = embedding.shape[0] if embedding else 0
         ids = special_ids(header.fields)
-        return llama_config(header.fields, embedding.shape[0] if embedding else 0, rope_freqs) | {
+        if self.architecture == "llama":
+            rope_freqs = self._decode(ROPE_FREQS) if ROPE_FREQS in header.tensors else None
+            config = llama_config(header.fields, vocabulary, rope_freqs) | {"mlp_bias": _has_bias(header, MLP)}
+        else:
+            config = gemma_config(self.architecture, header.fields, vocabulary)
+        return config | {
             "tie_word_embeddings": "output.weight" not in header.tensors,
             "attention_bias": _has_bias(header, ATTENTION),
-            "mlp_bias": _has_bias(header, MLP),
             "bos_token_id": ids["bos"],
             "eos_token_id": ids["eos"],
             "pad_token_id": ids["pad"],
@@ -155,7 +156,8 @@ class GGUFCheckpoint(Checkpoint):
         """Reject a block count above the tensor count: one damaged byte must not make us list billions of tensors."""
         blocks = self.config["num_hidden_layers"]
         if blocks > len(self._header.tensors):
-            raise BarberError(f"llama.block_count is {blocks}, more than there are tensors; the file is damaged")
+            name = f"{self.architecture}.block_count"
+            raise BarberError(f"{name} is {blocks}, more than there are tensors; the file is damaged")
 
     def _check_tensors(self) -> None:
         """Check that the file holds exactly the model's tensors, with the shapes that the metadata imply."""
@@ -168,10 +170,12 @@ class GGUFCheckpoint(Checkpoint):
             if tensors[source.stored].shape != source.shape:
                 found = tensors[source.stored].shape
                 raise BarberError(f"tensor {source.stored} has shape {found}, but the metadata imply {source.shape}")
-        unexpected = tensors.keys() - {source.stored for source in self._sources.values()} - {ROPE_FREQS}
+        unexpected = tensors.keys() - {source.stored for source in self._sources.values()}
+        unexpected -= {ROPE_FREQS} if self.architecture == "llama" else set()
         if unexpected:
+            kind = self.architecture
             raise BarberError(
-                f"tensor {min(unexpected)} is not part of a llama model; only plain llama models are supported"
+                f"tensor {min(unexpected)} is not part of a {kind} model; only plain {kind} models are supported"
             )
 
     def _decode(self, stored: str) -> np.ndarray:
@@ -212,37 +216,3 @@ def unpermute(value: np.ndarray, heads: int) -> np.ndarray:
 
 def _has_bias(header: Header, modules: dict[str, str]) -> bool:
     return any(f"blk.0.{module}.bias" in header.tensors for module in modules)
-
-
-def _llama_tensors(config: dict) -> Iterator[tuple[str, _Source]]:
-    """Hugging Face name and GGUF source of every tensor of a model with this configuration."""
-    hidden, vocab = config["hidden_size"], config["vocab_size"]
-    yield "model.embed_tokens.weight", _Source("token_embd.weight", (vocab, hidden))
-    for layer in range(config["num_hidden_layers"]):
-        for name, source in _layer_tensors(config):
-            yield f"model.layers.{layer}.{name}", source._replace(stored=f"blk.{layer}.{source.stored}")
-    yield "model.norm.weight", _Source("output_norm.weight", (hidden,))
-    if not config["tie_word_embeddings"]:
-        yield "lm_head.weight", _Source("output.weight", (vocab, hidden))
-
-
-def _layer_tensors(config: dict) -> Iterator[tuple[str, _Source]]:
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    heads, key_value_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    query, key = heads * config["head_dim"], key_value_heads * config["head_dim"]
-    yield "input_layernorm.weight", _Source("attn_norm.weight", (hidden,))
-    yield "post_attention_layernorm.weight", _Source("ffn_norm.weight", (hidden,))
-    shapes = {
-        "attn_q": (query, hidden),
-        "attn_k": (key, hidden),
-        "attn_v": (key, hidden),
-        "attn_output": (hidden, query),
-        "ffn_gate": (inner, hidden),
-        "ffn_up": (inner, hidden),
-        "ffn_down": (hidden, inner),
-    }
-    rotary = {"attn_q": heads, "attn_k": key_value_heads}
-    for module, name in (ATTENTION | MLP).items():
-        yield f"{name}.weight", _Source(f"{module}.weight", shapes[module], rotary.get(module, 0))
-        if config["attention_bias" if module in ATTENTION else "mlp_bias"]:
-            yield f"{name}.bias", _Source(f"{module}.bias", shapes[module][:1], rotary.get(module, 0))

@@ -68,7 +68,8 @@ def build_tokenizer(fields: Mapping) -> PreTrainedTokenizerFast:
         tokenizer = _sentencepiece(fields, tokens, special["unk"])
     else:
         raise UnknownTokenizer(f"tokenizer.ggml.model {kind!r} is not supported, only 'gpt2' and 'llama'")
-    _add_tokens(tokenizer, tokens, _numbers(fields, "tokenizer.ggml.token_type", tokens))
+    spaces = kind == "llama" and not _get(fields, "tokenizer.ggml.add_space_prefix", bool, True)
+    _add_tokens(tokenizer, tokens, _numbers(fields, "tokenizer.ggml.token_type", tokens), spaces)
     add_bos, add_eos = _adds_bos_eos(fields)
     tokenizer.post_processor = _template(tokenizer, special, add_bos, add_eos)
     return PreTrainedTokenizerFast(
@@ -77,7 +78,7 @@ def build_tokenizer(fields: Mapping) -> PreTrainedTokenizerFast:
         add_bos_token=add_bos,
         add_eos_token=add_eos,
         chat_template=_get(fields, "tokenizer.chat_template", str),
-        model_max_length=fields.get("llama.context_length"),
+        model_max_length=fields.get(f"{fields.get('general.architecture', 'llama')}.context_length"),
         clean_up_tokenization_spaces=False,
     )
 
@@ -159,12 +160,18 @@ def _bpe(tokens: list[str], merges: list[tuple[str, str]], **options) -> BPE:
         raise BarberError(f"the tokens and merges are inconsistent ({error}); convert the model again") from None
 
 
-def _add_tokens(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> None:
-    """Register the special and user-defined tokens, which are matched in the text as a whole."""
+def _add_tokens(tokenizer: Tokenizer, tokens: list[str], types: list[int], spaces: bool) -> None:
+    """Register the special and user-defined tokens, which are matched in the text as a whole.
+
+    Args:
+        spaces: whether spaces become `▁`, and none is put before the text.
+    """
     kinds = list(zip(tokens, types, strict=True))
     special = [AddedToken(token, normalized=False, special=True) for token, kind in kinds if kind in (CONTROL, UNKNOWN)]
     tokenizer.add_special_tokens(special)
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token, kind in kinds if kind == USER_DEFINED])
+    added = [token for token, kind in kinds if kind == USER_DEFINED]
+    # Those of spaces alone are matched where spaces have become `▁`, unless one more would stand before them there.
+    tokenizer.add_tokens([AddedToken(token, normalized=spaces and not token.strip(SPACE)) for token in added])
 
 
 def _adds_bos_eos(fields: Mapping) -> tuple[bool, bool]:

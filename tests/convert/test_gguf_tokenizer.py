@@ -204,6 +204,52 @@ def test_sentencepiece_without_a_space_in_front(pieces):
     assert not built.convert_ids_to_tokens(ids)[0].startswith("▁")
 
 
+RUNS = ["▁▁", "▁▁▁", "\n", "\n\n", "\t\t", "<table>"]
+
+
+@pytest.mark.parametrize("stored", ["▁▁", "  "], ids=["as_sentencepiece_has_them", "as_converted_from_tokenizer_json"])
+def test_gemma_ids_and_text(stored, tmp_path):
+    """Gemma's settings: nothing before the text, and runs of blanks that are pieces of the user's."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=420,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        hard_vocab_limit=False,
+        user_defined_symbols=RUNS,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        minloglevel=2,
+    )
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    fields = sentencepiece_fields(pieces)
+    tokens = fields["tokenizer.ggml.tokens"]
+    for run in RUNS:
+        fields["tokenizer.ggml.token_type"][tokens.index(run)] = 4
+    if stored == "  ":
+        fields["tokenizer.ggml.tokens"] = [token.replace("▁", " ") if token in RUNS else token for token in tokens]
+    ids = {"bos_token_id": 2, "eos_token_id": 1, "unknown_token_id": 3, "padding_token_id": 0}
+    more = {**ids, "add_space_prefix": False, "add_bos_token": True}
+    built = build_tokenizer(fields | {f"tokenizer.ggml.{key}": value for key, value in more.items()})
+    save_tokenizer(built, tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*TEXTS, "a   b\n\n\n<table>  x\t\t\t", "   "]:
+        for tokenizer in (built, loaded):
+            given = tokenizer(text)["input_ids"]
+            assert given == [2, *pieces.encode(text)], text
+            assert tokenizer.decode(given[1:]) == text
+    assert built("</s>x<s>", add_special_tokens=False)["input_ids"][::2] == [1, 2]
+
+
 # --- tokens and texts of any length
 
 
