@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from barber_jax.console.errors import BarberError
 from barber_jax.console.files import FileState
-from barber_jax.console.quiet import silenced
+from barber_jax.console.quiet import ignore_lost_tasks, silenced
 from barber_jax.convert.checkpoint import Checkpoint, split_files
 from barber_jax.convert.folder import FLOATS, ORBAX, ModelFolder
 from barber_jax.convert.parameters import to_flax, to_hf, tree_paths
@@ -163,11 +163,12 @@ def write_orbax(folder: Path, checkpoint: Checkpoint, masks: Masks | None) -> No
         if name not in paths or masks.shapes[name] != checkpoint.shape(name):
             raise BarberError(f"{masks.path}: the mask of {name} fits no weight of {checkpoint.location}")
         leaves[f"masks.{paths[name]}"] = _mask(masks, name, paths[name])
-    target = folder.resolve() / ORBAX
+    target, tree = folder.resolve() / ORBAX, unflatten_dict({tuple(path.split(".")): v for path, v in leaves.items()})
+    ignore_lost_tasks()
     try:
-        _checkpointer().save(
-            target, args=ocp.args.PyTreeSave(unflatten_dict({tuple(path.split(".")): v for path, v in leaves.items()}))
-        )
+        # Of an error Orbax logs the traceback too.
+        with silenced("absl"):
+            _checkpointer().save(target, args=ocp.args.PyTreeSave(tree))
     except BarberError:
         raise
     except Exception as error:

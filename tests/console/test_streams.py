@@ -64,20 +64,23 @@ exit_with_one_line(main)
 """
 
 
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+
 @pytest.mark.parametrize("lines", [1, 1000], ids=["written at the end", "written at once"])
 def test_results_that_cannot_be_written_are_one_line(lines):
     line = 'exec "$0" -c "$1" "$2" "$3" > /dev/full'
-    process = subprocess.run(["sh", "-c", line, sys.executable, RESULTS, str(lines), "succeed"], capture_output=True)
+    arguments = ["sh", "-c", line, sys.executable, RESULTS, str(lines), "succeed"]
+    process = subprocess.run(arguments, capture_output=True, env=BUFFERED)
     assert process.returncode == 2
     (said,) = process.stderr.decode().splitlines()
     assert said.startswith("error: standard output cannot be written: No space left on device; what was printed")
 
 
 def test_results_that_nobody_reads_beside_an_error():
-    # Unbuffered, the print itself would fail, before the mistake.
-    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
-    line = [sys.executable, "-c", RESULTS, "1", "fail"]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=buffered)
+    process = subprocess.Popen(
+        [sys.executable, "-c", RESULTS, "1", "fail"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=BUFFERED
+    )
     process.stdout.close()
     assert process.stderr.read() == b"error: a mistake\n" and process.wait(timeout=60) == 2
 

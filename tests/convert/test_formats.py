@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -442,3 +443,15 @@ def test_masks_that_do_not_fit_are_not_written(tmp_path, dense, ids):
         convert(tmp_path / "wider", tmp_path / "out", "--format", "orbax")
     assert not (tmp_path / "out").exists()
     assert read_masks(tmp_path / "pruned" / "masks.safetensors").names()
+
+
+def test_a_full_disk_is_one_line_without_what_orbax_logs(tmp_path, dense, capfd, caplog):
+    (tmp_path / "out").mkdir()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        with pytest.raises(BarberError, match=r"cannot write .*out/orbax: .*; make room there"):
+            write_orbax(tmp_path / "out", HFFolder(dense), None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert capfd.readouterr() == ("", "") and not caplog.records
