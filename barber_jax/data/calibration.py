@@ -32,8 +32,7 @@ class CalibrationOptions(OptionGroup):
     """Calibration data."""
 
     calibration: str = "c4"
-    """c4, wikitext2, ptb, a .txt/.jsonl/.json/.parquet/.arrow file, a folder of such, .npy token ids, or self: text
-    that the dense model writes; self+TEXT: half of each."""
+    """c4, wikitext2, ptb, a text file or folder, .npy ids, self (written by the model) or self+TEXT (half of each)."""
     text_field: str = "text"
     """Name of the text column, in files with columns."""
     samples: int = 128

@@ -44,8 +44,7 @@ class TextOptions(OptionGroup):
     """Text to train on."""
 
     text: str
-    """c4, wikitext2, ptb, a .txt/.jsonl/.json/.parquet/.arrow file, a folder of such, .npy token ids, or self: text
-    that the teacher writes."""
+    """c4, wikitext2, ptb, a text file or folder, .npy token ids, or self (written by the teacher)."""
     text_field: str = "text"
     """Name of the text column, in files with columns."""
     length: int = 512
