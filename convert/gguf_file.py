@@ -24,6 +24,8 @@ from barber_jax.convert.tokenizer_files import save_tokenizer
 # three only; this bias is then zero.
 OPTIONAL_BIAS = "attn_output.bias"
 ROPE_FREQS = "rope_freqs.weight"
+DECODED_AT_ONCE = 1 << 22
+"""Values of a quantised tensor that are decoded at a time."""
 UNQUANTISED = {
     GGMLQuantizationType.F32: np.dtype(np.float32),
     GGMLQuantizationType.F16: np.dtype(np.float16),
@@ -183,9 +185,16 @@ class GGUFCheckpoint(Checkpoint):
         raw = self._read_bytes(stored, tensor)
         if tensor.kind in UNQUANTISED:
             return raw.view(UNQUANTISED[tensor.kind]).reshape(tensor.shape)
-        # Damaged scales overflow here; `read` rejects the result.
-        with np.errstate(all="ignore"):
-            return dequantize(raw.reshape(*tensor.shape[:-1], -1), tensor.kind)
+        rows = raw.reshape(math.prod(tensor.shape[:-1]), -1)
+        value = np.empty((len(rows), tensor.shape[-1]), np.float32)
+        # In parts, as the package takes as much memory again as there are values.
+        step = max(1, DECODED_AT_ONCE // tensor.shape[-1])
+        for first in range(0, len(rows), step):
+            part = slice(first, first + step)
+            # Damaged scales overflow here; `read` rejects the result.
+            with np.errstate(all="ignore"):
+                value[part] = dequantize(rows[part], tensor.kind)
+        return value.reshape(tensor.shape)
 
     def _read_bytes(self, stored: str, tensor: StoredTensor) -> np.ndarray:
         # A plain read, not a memory map: mapped pages would count as resident memory of the process.

@@ -29,7 +29,9 @@ from barber_jax.models.family import Model
 from barber_jax.models.sharding import DATA, constrain
 
 HEAD_TOKENS = 256
-"""Tokens for which logits are computed at a time: over a large vocabulary all of them would take much memory."""
+"""Tokens for which logits are computed at a time, at most: of all of them they would take much memory."""
+HEAD_LOGITS = 1 << 25
+"""Logits that are computed at a time, at most: 128 MB in float32; softmax takes as much again, more than once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,9 @@ def window_losses(definition: Definition, parameters: Parameters, hidden: jax.Ar
     """
     head = definition.bind(parameters)
     batch, length = ids.shape[1:]
-    step = max(1, min(HEAD_TOKENS // batch, length))
+    vocabulary = dict(definition.shapes)["lm_head.kernel"][1]
+    step = max(1, min(HEAD_TOKENS, HEAD_LOGITS // vocabulary) // batch)
+    step = min(step, length)
     padding = -length % step
     # Position t predicts token t + 1. The last position and the padding to whole steps have no target.
     targets = jnp.pad(ids[:, :, 1:], ((0, 0), (0, 0), (0, 1 + padding)))

@@ -23,11 +23,11 @@ from barber_jax.convert.parameters import read_parameters, to_hf
 from barber_jax.criteria.starting import BlockMasks, Start
 from barber_jax.devices.mesh import Devices
 from barber_jax.forward import passes
+from barber_jax.forward.dense import embedded, read_embedding
 from barber_jax.forward.passes import Parameters
 from barber_jax.forward.streams import Stream, Streams
 from barber_jax.masks.selection import Selection
 from barber_jax.models.family import Model
-from barber_jax.models.sharding import DATA
 from barber_jax.run.history import Commit, History
 from barber_jax.stages import SharedOptions, SubBlockStages, held_out_samples
 from barber_jax.stages.outliers import format_maps
@@ -122,19 +122,14 @@ class Pruning:
         """Embed the calibration tokens into the streams that the run needs."""
         if not (self.start.needs_stream or self._runs_stages):
             return Streams()
-        read = read_parameters(self.checkpoint, self.model.names.embed)
-        parameters = {path: self.devices.put(value) for path, value in read.items()}
         ids = passes.micro_batches(self.ids, self.batch, self.devices.shape[0], self._held_out)
         held_out = self._held_out // ids.shape[1]
         # With offloading, embed one micro-batch at a time: all of them might not fit on the device.
         boundaries = range(1, len(ids)) if self.offload else [len(ids) - held_out] if held_out else []
-        chunks = np.split(ids, boundaries)
+        embedding = read_embedding(self.checkpoint, self.model, ids, self.devices)
 
         def stream() -> Stream:
-            embedded = (
-                passes.embed(self.model.embed(), parameters, self.devices.put(chunk, None, DATA)) for chunk in chunks
-            )
-            return Stream(embedded, self.offload)
+            return Stream(embedded(self.model, *embedding, boundaries, self.devices), self.offload)
 
         return Streams(
             stream() if self.start.needs_stream else None,

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from barber_jax.console.errors import BarberError
-from barber_jax.convert import gguf_header
+from barber_jax.convert import gguf_file, gguf_header
 from barber_jax.convert.checkpoint import open_checkpoint
 from barber_jax.convert.gguf_file import GGUFCheckpoint, split_files, unpermute
 from barber_jax.convert.gguf_header import read_header
@@ -172,6 +172,16 @@ def test_quantised_weights_are_within_a_step_of_the_originals(tmp_path, kind, le
         assert value.shape == hf[name].shape
         # One step, and not half: Q4_0 has one level fewer on one side of zero. 1% is the scale's own float16 rounding.
         assert (np.abs(blocks - original) <= 1.01 * step).all()
+
+
+@pytest.mark.parametrize("at_once", [1, 3 * HIDDEN, 10**9])
+def test_decoding_in_parts_changes_nothing(tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr(gguf_file, "DECODED_AT_ONCE", at_once)
+    hf = hf_tensors()
+    checkpoint = GGUFCheckpoint(write(tmp_path / "m.gguf", gguf_tensors(hf), kind=Kind.Q8_0))
+    name = "model.embed_tokens.weight"
+    stored = gguf.quants.quantize(hf[name], Kind.Q8_0)
+    np.testing.assert_array_equal(checkpoint.fetch(name), gguf.quants.dequantize(stored, Kind.Q8_0))
 
 
 def test_every_type_the_package_decodes_is_read(tmp_path):

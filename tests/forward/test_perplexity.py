@@ -2,14 +2,22 @@
 
 import json
 import math
+import re
+from functools import partial
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import our_logits, write_model, write_reference
 from cli import command
 
 from barber_jax.console.errors import BarberError
+from barber_jax.convert.checkpoint import open_checkpoint
+from barber_jax.devices.mesh import Devices
 from barber_jax.eval.perplexity import PerplexityConfig, evaluate, read_results
+from barber_jax.forward import dense, perplexity
+from barber_jax.models import build_model
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +47,14 @@ def test_transformers_measures_the_same(case, tmp_path):
     _, files, wanted = case
     torch = pytest.importorskip("torch")
     model = write_reference(tmp_path)
-    for file, perplexity in zip(files, wanted, strict=True):
+    for file, value in zip(files, wanted, strict=True):
         ids = np.load(file)
         losses = []
         for window in ids[: len(ids) // 16 * 16].reshape(-1, 16):
             tokens = torch.as_tensor(window[None])
             with torch.no_grad():
                 losses.append(float(model(tokens, labels=tokens).loss))
-        assert math.exp(np.mean(losses)) == pytest.approx(perplexity, rel=1e-5)
+        assert math.exp(np.mean(losses)) == pytest.approx(value, rel=1e-5)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8, 50])
@@ -58,6 +66,32 @@ def test_several_texts_in_one_call(case, batch, offload):
     assert [result["perplexity"] for result in results] == pytest.approx(wanted, rel=1e-5)
     assert [result["windows"] for result in results] == [7, 16]
     assert [result["source"] for result in results] == [str(file) for file in files]
+
+
+def test_logits_of_a_large_vocabulary_are_held_for_few_tokens(case, monkeypatch):
+    checkpoint = open_checkpoint(str(case[0]))
+    model = build_model(checkpoint.config, jnp.dtype("float32"))
+    parameters = dense.read_replicated(checkpoint, model.names.head, Devices())
+    hidden, ids = np.ones((2, 3, 20, 32), np.float32), np.zeros((2, 3, 20), np.int32)
+    # Of the function that is jitted: the limit is no argument, so a program from before would stay.
+    losses = partial(perplexity.window_losses.__wrapped__, model.head())
+    whole = losses(parameters, hidden, ids)
+    monkeypatch.setattr(perplexity, "HEAD_LOGITS", 97 * 7)
+    shapes = re.findall(r"f32\[([\d,]+),97\]", str(jax.make_jaxpr(losses)(parameters, hidden, ids)))
+    # 6 tokens, 2 of each of 3 windows; and the head's kernel.
+    assert {math.prod(map(int, shape.split(","))) for shape in shapes} == {6, 32}
+    np.testing.assert_allclose(losses(parameters, hidden, ids), whole, rtol=1e-6)
+
+
+def test_only_tokens_that_occur_are_copied_to_the_devices(case):
+    checkpoint = open_checkpoint(str(case[0]))
+    model = build_model(checkpoint.config, jnp.dtype("float32"))
+    ids = np.array([[[5, 90, 5], [0, 7, 90]]], np.int32)
+    parameters, own = dense.read_embedding(checkpoint, model, ids, Devices())
+    table = checkpoint.read("model.embed_tokens.weight")
+    assert parameters[dense.TOKENS].shape == (4, 32) and own.dtype == np.int32
+    (hidden,) = dense.embedded(model, parameters, own, (), Devices())
+    np.testing.assert_array_equal(hidden, table[ids])
 
 
 def test_many_devices_measure_the_same(case, tmp_path):
