@@ -11,7 +11,7 @@ from barber_jax.console.command import parse
 from barber_jax.console.documents import read_json
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.convert.checkpoint import Checkpoint, open_checkpoint
-from barber_jax.convert.export import MASKS, RUN, FolderWriter, claimed
+from barber_jax.convert.export import MASKS, RECOVERED, RUN, FolderWriter, claimed
 from barber_jax.convert.folder import ModelFolder
 from barber_jax.convert.formats import Format, apply_format
 from barber_jax.convert.parameters import check_tensors
@@ -41,7 +41,8 @@ class ConvertConfig:
 def convert(config: ConvertConfig) -> None:
     """Convert a checkpoint; every tensor keeps its values and dtype.
 
-    run.json is copied from the source, with a note of the conversion added.
+    run.json and recover.json are copied from the source, each with a note of the conversion added. A source that has
+    neither gets a run.json with nothing but the note.
 
     Raises:
         BarberError: the source cannot be read or --out cannot be written; nothing is left under --out then.
@@ -58,22 +59,23 @@ def _convert(config: ConvertConfig) -> None:
         if writer.no_tokenizer:
             print(writer.no_tokenizer, file=sys.stderr)
         writer.finish(set())
-        record = _copy_masks_and_load_record(checkpoint, writer.folder)
+        records = _copy_masks_and_load_records(checkpoint, writer.folder)
         apply_format(writer.folder, config.format)
         note = {"ckpt": config.ckpt, "format": config.format, "barber_jax": __version__}
-        writer.write_json(RUN, {**record, "converted": note})
+        for name, record in (records or {RUN: {}}).items():
+            writer.write_json(name, {**record, "converted": note})
         writer.publish()
 
 
-def _copy_masks_and_load_record(checkpoint: Checkpoint, folder: Path) -> dict:
-    """Copy the mask file of a checkpoint's folder, if it has one, and return the content of its run.json, or {}."""
+def _copy_masks_and_load_records(checkpoint: Checkpoint, folder: Path) -> dict[str, dict]:
+    """Copy the mask file of a checkpoint's folder, if it has one; name -> content of its run.json and recover.json."""
     if not isinstance(checkpoint, ModelFolder):
         return {}
-    masks, record = checkpoint.folder / MASKS, checkpoint.folder / RUN
+    masks, records = checkpoint.folder / MASKS, (checkpoint.folder / name for name in (RUN, RECOVERED))
     if masks.exists():
         # Opened first, so that a damaged file is rejected and not copied.
         read_masks(masks).copy(folder / MASKS)
-    return read_json(record, f"{record}: missing") if record.exists() else {}
+    return {path.name: read_json(path, f"{path}: missing") for path in records if path.exists()}
 
 
 def run(arguments: list[str] | None = None) -> None:

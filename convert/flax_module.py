@@ -14,7 +14,7 @@ from barber_jax import __version__
 from barber_jax.console.errors import BarberError
 from barber_jax.console.files import expand
 from barber_jax.convert.checkpoint import Checkpoint, open_checkpoint
-from barber_jax.convert.export import RUN, FolderWriter, claimed
+from barber_jax.convert.export import RECOVERED, RUN, FolderWriter, claimed
 from barber_jax.convert.folder import FLOATS, ModelFolder
 from barber_jax.convert.parameters import check_names_and_shapes, check_tensors, to_flax, to_hf, tree_paths
 from barber_jax.convert.tied_head import copies
@@ -252,7 +252,8 @@ def _write(
         writer.finish(set(parameters))
         if same:
             file.copy(writer.folder / FILE_NAME)
-        if isinstance(checkpoint, ModelFolder) and (checkpoint.folder / RUN).exists():
+        folder = checkpoint.folder if isinstance(checkpoint, ModelFolder) else None
+        if folder and any((folder / name).exists() for name in (RUN, RECOVERED)):
             # The model card that a run has written, with figures of its weights.
             (writer.folder / "README.md").unlink(missing_ok=True)
         writer.write_json(RUN, {"saved": {"like": checkpoint.location, "barber_jax": __version__}})

@@ -200,6 +200,10 @@ def test_training_keeps_the_masks_and_the_folder_keeps_the_file(pruned, tmp_path
     np.testing.assert_allclose(transformers_logits(tmp_path / "out"), run(module), atol=1e-4, rtol=0)
     assert not (tmp_path / "out" / "README.md").exists()
     assert json.loads((tmp_path / "out" / "run.json").read_text()).keys() == {"saved"}
+    # So it is of a recovered one, whose recover.json tells of other weights too.
+    (source / "run.json").rename(source / "recover.json")
+    barber_jax.save(module, masks, tmp_path / "again", like=source)
+    assert not any((tmp_path / "again" / name).exists() for name in ("README.md", "recover.json"))
     # An earlier result may be replaced, if asked.
     with pytest.raises(BarberError, match="exists"):
         barber_jax.save(module, masks, tmp_path / "out")

@@ -16,6 +16,7 @@ import test_gguf
 from checkpoints import BASE, IDS, assert_same_logits, logits, our_logits, torch, write_model, write_reference
 from cli import command, prune_masks
 from flax import nnx
+from recovered import recover_json, write_recovered
 from safetensors.numpy import save_file
 
 from barber_jax.console.errors import BarberError, exit_with_one_line
@@ -27,6 +28,7 @@ from barber_jax.convert.orbax_folder import ORBAX, OrbaxCheckpoint, write_orbax
 from barber_jax.convert.torch_bin import TorchBinFolder
 from barber_jax.masks.mask_file import read_masks
 from barber_jax.models import build_model
+from barber_jax.reports.recover_record import read_recover_record
 
 SMALL = ["--samples", 4, "--length", 16, "--alpha", 0.5]
 QUICK = ["--method", "magnitude", "--no-rebuild"]
@@ -145,6 +147,23 @@ def test_masks_run_record_and_companions_go_along(tmp_path, dense, ids):
     record = json.loads((back / "run.json").read_text())
     assert record["converted"]["ckpt"] == str(orbax)
     assert record["blocks"] == json.loads((pruned / "run.json").read_text())["blocks"]
+
+
+def test_the_record_of_a_recovery_goes_along(tmp_path, dense):
+    written = recover_json()
+    write_recovered(dense, written)
+    (dense / "masks.safetensors").unlink()
+    both = convert(dense, tmp_path / "both", "--format", "both")
+    back = convert(both, tmp_path / "back")
+    assert not (back / "run.json").exists()
+    assert json.loads((back / "recover.json").read_text())["converted"]["ckpt"] == str(both)
+    # What reads it takes no notice of the note; the folder may be replaced like any other result.
+    assert read_recover_record(back)["evaluations"] == written["evaluations"]
+    convert(dense, back, "--overwrite")
+    # A folder that was pruned, converted and recovered elsewhere may have both.
+    (dense / "run.json").write_text('{"blocks": 7}')
+    convert(dense, back, "--overwrite")
+    assert json.loads((back / "run.json").read_text())["blocks"] == 7 and (back / "recover.json").exists()
 
 
 def test_convert_from_the_command_line_replaces_only_its_own(tmp_path, dense):
