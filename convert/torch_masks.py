@@ -219,7 +219,12 @@ def _open(masks: MaskSource) -> tuple[dict[str, tuple[int, ...]], Callable[[str]
 
 def _linear(modules: dict[str, torch.nn.Module], prefix: str, name: str, shape: tuple[int, ...]) -> torch.nn.Linear:
     path = name.removesuffix(".weight")
-    module = next((modules[p] for p in (path, path.removeprefix(prefix), prefix + path) if p in modules), None)
+    paths = [path, path.removeprefix(prefix), prefix + path]
+    # Of a Gemma 3 with a vision tower transformers saves other names than its modules have.
+    saved = "language_model.model."
+    if path.startswith(saved):
+        paths += [f"{start}language_model.{path.removeprefix(saved)}" for start in (prefix, "")]
+    module = next((modules[p] for p in paths if p in modules), None)
     if module is None or not name.endswith(".weight"):
         raise BarberError(f"the model has no weight {name}; give the masks that were written for this model")
     if not isinstance(module, torch.nn.Linear):

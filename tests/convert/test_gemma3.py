@@ -69,6 +69,13 @@ def test_pruned_with_every_other_tensor_as_it_was(saved, tmp_path, names):
     config = [json.loads((folder / "config.json").read_text()) for folder in (source, out)]
     assert config[0] == config[1]
     np.testing.assert_allclose(our_logits(out, ids=IDS % 94), text_logits(out), atol=1e-4, rtol=0)
+    # The modules have other names than the saved tensors.
+    from barber_jax.convert.torch_masks import check_masks
+
+    model = transformers.AutoModelForImageTextToText.from_pretrained(out)
+    for each in (model, model.model):
+        report = check_masks(each, out / "masks.safetensors")
+        assert report.ok and len(report.matrices) == 14
 
 
 @pytest.mark.parametrize(

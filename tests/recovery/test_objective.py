@@ -19,6 +19,7 @@ CASES = [
         "llama", {"tie_word_embeddings": True}, "weights", 0.0, "none", id="tied, weights, teacher", marks=slow
     ),
     pytest.param("opt", {}, "weights", 0.5, "all", id="opt, weights, both losses", marks=slow),
+    pytest.param("gemma3_text", {}, "all", 0.0, "light", id="two kinds of blocks, all, teacher"),
     pytest.param("qwen3", {}, "all", 1.0, "light", id="qwen3, all, cross-entropy", marks=slow),
 ]
 

@@ -21,6 +21,7 @@ from barber_jax.recovery.program import ALL, Program, axes, load, load_masks
         ("llama", {}),
         ("llama", {"tie_word_embeddings": True}),
         ("opt", {}),
+        ("gemma3_text", {}),
         pytest.param("opt", {"word_embed_proj_dim": 16}, marks=pytest.mark.slow),
         pytest.param("mistral", {"sliding_window": 8}, marks=pytest.mark.slow),
         pytest.param("qwen2", {}, marks=pytest.mark.slow),
