@@ -5,6 +5,7 @@ May import: console, models.
 | module | what it holds |
 |---|---|
 | `peak` | measured rate of matrix products |
+| `host_memory` | host memory that is available |
 | `mesh` | `Devices`: arrays between host and devices; consistency between processes |
 | `hosts`, `wire` | initialisation of a run over several processes; encoding of what they send each other |
 | `options` | command-line options for devices, processes, precision and memory |

@@ -1,4 +1,4 @@
-"""Forward: forward passes through a model with one decoder block in memory at a time, and perplexity.
+"""Forward: passes through a model, forward and backward, with one decoder block in memory at a time, and perplexity.
 
 May import: console, masks, models, data, convert, devices.
 
@@ -7,6 +7,7 @@ May import: console, masks, models, data, convert, devices.
 | `passes` | jitted passes through the embeddings, a block and the head |
 | `streams` | hidden states of all samples, on the device or in host memory |
 | `dense` | forward pass through a whole checkpoint, block by block |
+| `sweep`, `cotangents` | backward sweep of the end loss through a whole checkpoint, block by block; its jitted parts |
 | `evaluation` | perplexity as a step of other commands |
 | `perplexity` | perplexity of a checkpoint |
 | `generation` | tokens one after the other, greedily or sampled, with a key-value cache |

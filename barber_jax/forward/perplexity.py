@@ -57,6 +57,18 @@ class EvaluationOptions(OptionGroup):
             raise BarberError("--eval-windows needs --eval-text or --eval-dataset")
 
 
+def head_positions(definition: Definition, batch: int, length: int) -> int:
+    """Positions of a micro-batch for which logits are computed at a time.
+
+    Args:
+        definition: of the head.
+        batch, length: number of sequences, and of each one's tokens.
+    """
+    vocabulary = dict(definition.shapes)["lm_head.kernel"][1]
+    step = max(1, min(HEAD_TOKENS, HEAD_LOGITS // vocabulary) // batch)
+    return min(step, length)
+
+
 @partial(jax.jit, static_argnames="definition")
 def window_losses(definition: Definition, parameters: Parameters, hidden: jax.Array, ids: jax.Array) -> jax.Array:
     """Mean next-token cross-entropy of each window, in nats.
@@ -71,9 +83,7 @@ def window_losses(definition: Definition, parameters: Parameters, hidden: jax.Ar
     """
     head = definition.bind(parameters)
     batch, length = ids.shape[1:]
-    vocabulary = dict(definition.shapes)["lm_head.kernel"][1]
-    step = max(1, min(HEAD_TOKENS, HEAD_LOGITS // vocabulary) // batch)
-    step = min(step, length)
+    step = head_positions(definition, batch, length)
     padding = -length % step
     # Position t predicts token t + 1. The last position and the padding to whole steps have no target.
     targets = jnp.pad(ids[:, :, 1:], ((0, 0), (0, 0), (0, 1 + padding)))

@@ -55,6 +55,11 @@ class Stream:
         """Samples in a micro-batch, B."""
         return self._chunks[0].shape[1]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all chunks."""
+        return sum(chunk.nbytes for chunk in self._chunks)
+
     def at(self, index: int) -> jax.Array:
         """Return one chunk, copied to the device."""
         return self._to_device(self._chunks[index])
