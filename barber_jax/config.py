@@ -18,6 +18,7 @@ from barber_jax.console.values import check_values
 from barber_jax.convert.formats import Format
 from barber_jax.criteria import CRITERIA
 from barber_jax.criteria.allocation import AllocationOptions
+from barber_jax.criteria.gblm import GblmOptions
 from barber_jax.criteria.starting import StartOptions
 from barber_jax.data.calibration import CalibrationOptions
 from barber_jax.devices.options import PROCESS_OPTIONS, DeviceOptions
@@ -79,6 +80,14 @@ class SparsityOptions(AllocationOptions, PatternOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StartingMaskOptions(GblmOptions, StartOptions):
+    """Source of the starting masks."""
+
+    def settle(self) -> None:
+        self._settle_bases(StartingMaskOptions)
+
+
+@dataclass(frozen=True, kw_only=True)
 class BeyondOptions(SharedOptions, ReconstructOptions, RefineOptions):
     """Stages beyond the paper: mask refinement and weight reconstruction."""
 
@@ -113,7 +122,7 @@ class PruneConfig(
     PresetOptions,
     InputOptions,
     SparsityOptions,
-    StartOptions,
+    StartingMaskOptions,
     RebuildOptions,
     BeyondOptions,
     DeviceOptions,
@@ -134,7 +143,7 @@ class PruneConfig(
         "preset": PresetOptions,
         "input": InputOptions,
         "pattern": SparsityOptions,
-        "start": StartOptions,
+        "start": StartingMaskOptions,
         "rebuild": RebuildOptions,
         "beyond_the_paper": BeyondOptions,
         "devices": DeviceOptions,

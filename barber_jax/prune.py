@@ -43,6 +43,7 @@ from barber_jax.reports.report_page import write_report
 from barber_jax.reports.run_record import run_record
 from barber_jax.reports.summary import headline, summary
 from barber_jax.run.calibration import Calibration, open_calibration
+from barber_jax.run.dense_gradients import Sweeps
 from barber_jax.run.history import History
 from barber_jax.run.loop import Pruning
 from barber_jax.run.resume import open_state, run_identity
@@ -169,10 +170,21 @@ def prune_blocks(run: Prepared, writer: FolderWriter | None, state: RunState | N
     """
     config, offload = run.config, run.config.offload_activations
     inputs = (run.checkpoint, run.model, run.ids)
+    sweeps = Sweeps(
+        run.checkpoint,
+        run.model,
+        None if run.ids is None else passes.micro_batches(run.ids, config.batch, run.devices.shape[0]),
+        run.devices,
+        progress,
+        state and state.folder,
+        offload,
+    )
     with run.devices.context():
         if config.allocate != "uniform":
             arguments = (config, config.sparsity_pattern.sparsity, *inputs, run.devices, progress)
             run.start.sparsities = allocation.block_sparsities(*arguments, batch=config.batch, offload=offload)
+        if isinstance(run.start, CriterionStart) and run.start.needs_gradients:
+            run.start.gradients = sweeps.weight_norms(run.start.needs_gradients)
         with progress.phase("pruning", run.model.layers) as phase:
             arguments = (*inputs, run.start, config, config.batch, phase, run.devices, History(state))
             switches = {"offload": offload, "keep_start": config.save_start, "selection": run.selection}
@@ -233,7 +245,7 @@ def open_start(
     if masks:
         return MaskFileStart(masks, checkpoint, model, config.sparsity_pattern, devices), config, masks.sparsity
     pattern = config.sparsity_pattern
-    criterion = CRITERIA[config.method]
+    criterion = CRITERIA[config.method].configured(config)
     return CriterionStart(criterion, model, config.samples, pattern, progress.say, selection), config, pattern.sparsity
 
 

@@ -38,7 +38,7 @@ from barber_jax.eval.grid_file import Options, read_grid
 from barber_jax.eval.perplexity import PerplexityConfig
 from barber_jax.eval.runs import OTHER_STAGE_OPTIONS, PERPLEXITY_FILE, REBUILD_OPTIONS, ZERO_SHOT_FILE
 from barber_jax.eval.zero_shot import ZeroShotConfig
-from barber_jax.reports.record_check import ALLOCATION
+from barber_jax.reports.record_check import START_OPTIONS
 from barber_jax.reports.run_record import load_record
 from barber_jax.stages import unused_options
 
@@ -151,7 +151,7 @@ def prune_options(setting: Setting, ckpt: str, out: Path) -> dict[str, Any]:
     if setting.start is None:
         return given | _typed(setting.options)
     options, config = _typed(setting.options), setting.config
-    start_only = ("method", "sparsity", *ALLOCATION)
+    start_only = ("method", "sparsity", *START_OPTIONS)
     for option in (*start_only, *(["rebuild"] if config.rebuild else [])):
         options.pop(option, None)
     # With --masks, prune would take Wanda's published defaults, whichever method made the masks.
@@ -253,7 +253,7 @@ def _check_options(folder: Path, config: PruneConfig) -> None:
     if config.method:
         # Under --masks these belong to the run that made the masks, which is checked by itself.
         expected |= {"sparsity": config.sparsity_pattern.sparsity, "pattern": str(config.sparsity_pattern)}
-        expected |= {name: getattr(config, name) for name in ALLOCATION}
+        expected |= {name: getattr(config, name) for name in START_OPTIONS}
     for name, value in expected.items():
         if recorded.get(name) != value:
             raise BarberError(

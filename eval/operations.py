@@ -5,7 +5,7 @@ efficiency. Only matrix products are counted; elementwise work (selection, norms
 """
 
 from barber_jax.config import PruneConfig
-from barber_jax.criteria import alps
+from barber_jax.criteria import CRITERIA, alps
 from barber_jax.models.decoder import SubBlock
 from barber_jax.models.family import Model
 from barber_jax.stages import held_out_samples
@@ -60,11 +60,12 @@ def gradient_operations(model: Model, sub: SubBlock, samples: int, length: int) 
 def starting_mask_operations(model: Model, method: str, samples: int, length: int) -> int:
     """Operations of the starting mask of one block.
 
-    magnitude needs no matrix product. wanda needs a forward pass up to the input of the block's last linear. sparsegpt
-    needs in addition, approximately, X^T X, two triangular factors for each input of I features (a Cholesky factor and
-    an inverse, I^3 / 3 each), and the updates of the columns that follow each pruned one (I^2 O). alps needs instead,
-    approximately, X^T X, the eigenvectors for each input (4 I^3 / 3 to tridiagonal form and 2 I^3 back), two products
-    (2 I^2 O each) in each of `ADMM_STEPS`, and one in each step of conjugate gradients and before them.
+    magnitude needs no matrix product. wanda and gblm need a forward pass up to the input of the block's last linear,
+    gblm after `sweep_operations`. sparsegpt needs in addition, approximately, X^T X, two triangular factors for each
+    input of I features (a Cholesky factor and an inverse, I^3 / 3 each), and the updates of the columns that follow
+    each pruned one (I^2 O). alps needs instead, approximately, X^T X, the eigenvectors for each input (4 I^3 / 3 to
+    tridiagonal form and 2 I^3 back), two products (2 I^2 O each) in each of `ADMM_STEPS`, and one in each step of
+    conjugate gradients and before them.
     """
     if method == "magnitude":
         return 0
@@ -80,6 +81,18 @@ def starting_mask_operations(model: Model, method: str, samples: int, length: in
         kernels = [shapes[path] for sub in model.sub_blocks for path in sub.kernels]
         total += sum(int(products * 2 * inputs**2 * outputs) for inputs, outputs in kernels)
     return total
+
+
+def sweep_operations(model: Model, samples: int, length: int) -> int:
+    """Operations of the backward sweep through the dense model, with every stream kept.
+
+    Each block needs a forward pass to the end of the model, another one for its own backward pass, and in that the
+    gradients of the weights and of the activations: as much as two. The head needs logits and the gradient of its
+    input.
+    """
+    blocks = model.layers * 4 * sum(forward_operations(model, sub, samples, length) for sub in model.sub_blocks)
+    inputs, outputs = dict(model.head().shapes)["lm_head.kernel"]
+    return blocks + 2 * 2 * samples * length * inputs * outputs
 
 
 def block_operations(model: Model, config: PruneConfig, last: bool) -> dict[str, int]:
@@ -135,8 +148,10 @@ def refine_operations(model: Model, sub: SubBlock, config: PruneConfig) -> int:
 
 
 def run_operations(model: Model, config: PruneConfig) -> dict[str, int]:
-    """Operations of every stage, summed over blocks."""
+    """Operations of every stage, summed over blocks, and of `gradients` of the dense model where they are needed."""
     total: dict[str, int] = {}
+    if config.method and CRITERIA[config.method].gradients:
+        total["gradients"] = sweep_operations(model, config.samples, config.length)
     for index in range(model.layers):
         for stage, count in block_operations(model, config, last=index + 1 == model.layers).items():
             total[stage] = total.get(stage, 0) + count

@@ -15,7 +15,7 @@ from barber_jax.console.structure import fields, integer, mapping, number, optio
 from barber_jax.convert.export import MASKS, RECOVERED, RUN, START_MASKS
 from barber_jax.devices.options import PROCESS_OPTIONS
 from barber_jax.eval.perplexity import read_results
-from barber_jax.reports.record_check import ALLOCATION
+from barber_jax.reports.record_check import START_OPTIONS
 from barber_jax.reports.recover_record import read_recover_record
 from barber_jax.reports.run_record import load_record
 from barber_jax.stages.rebuild import RebuildOptions
@@ -112,8 +112,8 @@ class Run:
     def settings(self) -> dict:
         """Options that determine the result, by name.
 
-        A run that was given its starting masks has the method and allocation of the run that made them. Options of the
-        rebuild are None where there was none. The names of a recovery's own begin with `RECOVERY`.
+        A run that was given its starting masks has the method and the other options of the start from the run that made
+        them. Options of the rebuild are None where there was none. The names of a recovery's own begin with `RECOVERY`.
         """
         return {**self._pruning_settings, **self._recovery_settings}
 
@@ -129,7 +129,7 @@ class Run:
         options, start = self.record["options"], self.record.get("started_from")
         kept = {key: value for key, value in options.items() if key not in _NOT_COMPARED}
         if start:
-            kept |= {name: start[name] for name in ("method", *ALLOCATION) if name in start}
+            kept |= {name: start[name] for name in ("method", *START_OPTIONS) if name in start}
         # SparseGPT's starting masks are slightly sparser than --sparsity.
         kept["sparsity"] = round(kept["sparsity"], 4)
         if not options["rebuild"]:

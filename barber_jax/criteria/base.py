@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from barber_jax.forward.cotangents import Norm
 from barber_jax.masks.pattern import SparsityPattern
 from barber_jax.masks.selector import Selector
 
@@ -43,6 +44,10 @@ class Criterion:
             for all linears that read the same input; `say` prints a line. None to use the statistic unchanged.
         quota: (shape [O, I], fraction to prune) -> quota. Computed on the host in Python floats, because float32
             products could round differently.
+        gradients: norm over samples of the dense model's weight gradients that `start` uses; None for none. `start`
+            then gets a pair: the prepared statistic, and the norm of the kernel's gradients, float32 [I, O], as in
+            `forward.sweep.BlockGradients`.
+        configure: (criterion, options of the run) -> criterion, for one with options of its own.
         updates_weights: whether `start` returns updated kernels.
         granularity, alpha: published defaults of the rebuild after this criterion.
     """
@@ -51,6 +56,12 @@ class Criterion:
     start: Callable[[jax.Array, Any, int, SparsityPattern, Quota, Selector], tuple[jax.Array, jax.Array | None]]
     prepare: Callable[[jax.Array, int, str, Callable[[str], None]], Any] | None = None
     quota: Callable[[tuple[int, int], float], Quota] = quota_per_output
+    gradients: Norm | None = None
+    configure: "Callable[[Criterion, Any], Criterion] | None" = None
     updates_weights: bool = False
     granularity: str = "output1"
     alpha: float = 0.01
+
+    def configured(self, options: Any) -> "Criterion":
+        """The criterion with its own options, from those of the run."""
+        return self.configure(self, options) if self.configure else self

@@ -114,6 +114,8 @@ class CriterionStart:
 
     Attributes:
         sparsities: fraction to prune in each block; the pattern's for all, unless set otherwise.
+        gradients: index of a block -> kernel path -> norm of the weights' gradients, float32 [in, out]; must be set for
+            a criterion that uses them, which `needs_gradients` names.
 
     Raises:
         BarberError: when called, if the activations overflow.
@@ -132,10 +134,14 @@ class CriterionStart:
         self._criterion, self._model, self._samples, self._pattern = criterion, model, samples, pattern
         self._say, self._blocks = say, model.blocks()
         self.needs_stream = criterion.statistic is not None
+        self.needs_gradients = criterion.gradients
+        self.gradients: Callable[[int], Parameters] | None = None
         self.sparsities: Sequence[float] = [pattern.sparsity] * model.layers
 
     def __call__(self, index: int, dense: Parameters, stream: Stream | None) -> tuple[BlockMasks, Parameters]:
         prepared = self._prepared_statistics(index, dense, stream)
+        if self.needs_gradients:
+            prepared = {path: (prepared[path], gradient) for path, gradient in self.gradients(index).items()}
         masks, weights = {}, {}
         for sub in self._model.sub_blocks:
             for path in sub.kernels:

@@ -16,10 +16,11 @@ from barber_jax.console.structure import (
     text,
 )
 from barber_jax.criteria.allocation import AllocationOptions
+from barber_jax.criteria.gblm import GblmOptions
 from barber_jax.stages.outliers import parse_map
 
-ALLOCATION = tuple(field.name for field in dataclasses.fields(AllocationOptions))
-"""Names of the options for the allocation of sparsity to blocks."""
+START_OPTIONS = tuple(field.name for group in (AllocationOptions, GblmOptions) for field in dataclasses.fields(group))
+"""Names of the options that belong to a starting mask, besides its method, sparsity and pattern."""
 
 FRACTION = number(0, 1)
 SECONDS = number(0)
@@ -107,7 +108,7 @@ RECORD = fields(
         ),
         "started_from": fields(
             {"folder": text, "method": optional(text), "rebuild": flag, "seconds": SECONDS},
-            dict.fromkeys(ALLOCATION, scalar),
+            dict.fromkeys(START_OPTIONS, scalar),
         ),
     },
 )

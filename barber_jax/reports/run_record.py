@@ -17,7 +17,7 @@ from barber_jax.console.files import expand
 from barber_jax.console.structure import WrongStructure
 from barber_jax.convert.export import RUN
 from barber_jax.models.family import Model
-from barber_jax.reports.record_check import ALLOCATION, check_record
+from barber_jax.reports.record_check import START_OPTIONS, check_record
 
 FORMAT, VERSION = "barber_jax.run", 2
 RENAMED = {
@@ -89,9 +89,9 @@ def provenance(options: dict) -> dict | None:
     try:
         record = load_record(expand(folder))
         source, seconds = record["options"], record["totals"]["seconds"]
-        allocation = {name: source[name] for name in ALLOCATION if name in source}
+        options = {name: source[name] for name in START_OPTIONS if name in source}
         rest = {"rebuild": source["rebuild"], "seconds": seconds}
-        return {"folder": str(folder), "method": source["method"], **allocation, **rest}
+        return {"folder": str(folder), "method": source["method"], **options, **rest}
     except (BarberError, KeyError):
         # Not an error: this is read at the end of a long run, whose result must not be lost.
         return None

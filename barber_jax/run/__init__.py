@@ -9,6 +9,7 @@ May import: console, masks, models, data, convert, devices, forward, criteria, s
 | `resume` | identity of a run; starting or resuming an unfinished run |
 | `run_state` | finished blocks of an unfinished run, on disk |
 | `identity` | what identifies an unfinished run |
+| `dense_gradients`, `gradient_file` | gradients of the dense model, from a backward sweep; their file |
 | `history` | access to the finished blocks from every process |
 | `block_file`, `fingerprint` | a block's file with its checksum; content hashes |
 """

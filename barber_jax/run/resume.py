@@ -72,8 +72,8 @@ def open_state(
 ) -> Iterator[RunState]:
     """Context manager that opens the run state in `folder`, new or resumed.
 
-    On an error the run state is kept if it holds finished blocks or calibration samples, and a printed line says how to
-    resume. Otherwise, or if an input is damaged, it is deleted.
+    On an error the run state is kept if it holds finished blocks, calibration samples or the dense model's gradients,
+    and a printed line says how to resume. Otherwise, or if an input is damaged, it is deleted.
 
     Args:
         identity: from `run_identity`.
@@ -100,16 +100,25 @@ def open_state(
         try:
             yield state
         except BaseException as error:
-            if (state.finished or state.keeps_calibration) and not isinstance(error, DamagedInput):
-                samples = "the calibration samples and " if state.keeps_calibration else ""
-                kept = f"{samples}{state.finished} of {layers} blocks are kept in {folder}"
-                say(f"{kept}; the same command with --resume continues from there")
+            kept = _kept(state, layers)
+            if kept and not isinstance(error, DamagedInput):
+                say(f"{kept} are kept in {folder}; the same command with --resume continues from there")
             else:
                 state.remove()
             raise
 
 
+def _kept(state: RunState, layers: int) -> str:
+    """What a run state holds, in words; empty for nothing."""
+    before = ["the calibration samples"] if state.keeps_calibration else []
+    before += ["the gradients of the dense model"] if state.holds_gradients else []
+    if not (before or state.finished):
+        return ""
+    blocks = f"{state.finished} of {layers} blocks"
+    return f"{', '.join(before)} and {blocks}" if before else blocks
+
+
 def refuse_unfinished(folder: Path) -> None:
-    """Raise `BarberError` if a folder holds finished blocks of a run, which a new one would replace."""
-    if RunState.holds_blocks(folder):
+    """Raise `BarberError` if a folder holds blocks of a run, or its gradients, which a new one would replace."""
+    if RunState.holds_work(folder):
         raise BarberError(f"{folder} holds an unfinished run; --resume continues it, --overwrite starts over")

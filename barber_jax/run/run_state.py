@@ -1,8 +1,9 @@
 """Finished blocks of an unfinished run, stored on disk so that the run can be resumed.
 
 FOLDER/identity.json identifies the run; FOLDER/calibration holds its calibration samples if the model has written them
-itself. FOLDER/0, FOLDER/1, ... are steps of an Orbax `CheckpointManager`: step N holds
-block N only, in one safetensors file whose metadata hold the block's record and a checksum.
+itself. FOLDER/0, FOLDER/1, ... are steps of an Orbax `CheckpointManager`: step N holds block N only, in one safetensors
+file whose metadata hold the block's record and a checksum. Beside them are the files of `gradient_file`, where the run
+uses gradients of the dense model.
 """
 
 import contextlib
@@ -16,12 +17,15 @@ import orbax.checkpoint as ocp
 from barber_jax.console.errors import BarberError
 from barber_jax.console.files import writing
 from barber_jax.run.block_file import READ_ERRORS, Block, BlockHandler, BlockRestore, BlockSave
+from barber_jax.run.gradient_file import TOKENS, WEIGHTS
 from barber_jax.run.identity import IDENTITY, check_identity, delete_run, delete_tree, first_line, write_identity
 
 ITEM = "block"
 """Name of the Orbax item in each step."""
 CALIBRATION = "calibration"
 """Folder of the calibration samples."""
+SWEEPS = (WEIGHTS, TOKENS)
+"""Files that a finished sweep through the dense model leaves."""
 
 
 class RunState:
@@ -103,9 +107,16 @@ class RunState:
         return state
 
     @staticmethod
-    def holds_blocks(folder: Path) -> bool:
-        """Whether the folder holds a run state with finished blocks."""
-        return (folder / IDENTITY).is_file() and any(_is_step(path) for path in folder.iterdir())
+    def holds_work(folder: Path) -> bool:
+        """Whether the folder holds a run state with finished blocks, or with the dense model's gradients."""
+        if not (folder / IDENTITY).is_file():
+            return False
+        return any(_is_step(path) or path.name in SWEEPS for path in folder.iterdir())
+
+    @property
+    def holds_gradients(self) -> bool:
+        """Whether the gradients of the dense model were computed."""
+        return any((self.folder / name).exists() for name in SWEEPS)
 
     @staticmethod
     def read_calibration(folder: Path) -> Block:
@@ -188,7 +199,7 @@ class RunState:
     def _delete_leftovers(self) -> None:
         """Delete the files of an interrupted commit."""
         for path in self.folder.iterdir():
-            if path.name not in (IDENTITY, CALIBRATION) and not _is_step(path):
+            if path.name not in (IDENTITY, CALIBRATION, *SWEEPS) and not _is_step(path):
                 delete_tree(path)
 
 

@@ -54,7 +54,7 @@ def add(copy, path, table, line):
 
 def test_a_criterion(copy, tmp_path):
     def line(text):
-        text = text.replace("import alps, magnitude, sparsegpt, wanda", "import alps, magnitude, ria, sparsegpt, wanda")
+        text = text.replace("magnitude, sparsegpt, wanda\n", "magnitude, ria, sparsegpt, wanda\n")
         return text.replace(
             '    "wanda": wanda.CRITERION,\n', '    "wanda": wanda.CRITERION,\n    "ria": ria.CRITERION,\n'
         )

@@ -168,6 +168,7 @@ def test_starting_criteria(model, pattern, select):
             prepared = {
                 "magnitude": None,
                 "wanda": like((inputs,)),
+                "gblm": (like((inputs,)), like(shapes[path])),
                 "sparsegpt": (like((inputs, inputs)), like((inputs,), bool)),
                 "alps": alps.Layer(
                     gram=like((inputs, inputs)),

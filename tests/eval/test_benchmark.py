@@ -17,6 +17,7 @@ from barber_jax.console.errors import exit_with_one_line
 from barber_jax.convert.checkpoint import open_checkpoint
 from barber_jax.eval import benchmark, operations
 from barber_jax.eval.benchmark import BenchmarkConfig
+from barber_jax.forward import cotangents
 from barber_jax.models import build_model
 
 # 2 samples of 8 tokens, hidden 32, intermediate 48, 4 heads of 8; LLaMA has 2 key-value heads.
@@ -96,6 +97,30 @@ def test_operations_against_the_program(family, tmp_path):
         assert operations.forward_operations(model, sub, samples, length) == forward
         # The other forward is the sparse one's.
         assert operations.gradient_operations(model, sub, samples, length) == forward + both
+
+
+@pytest.mark.parametrize("family", list(COUNTS))
+def test_operations_of_the_sweep_against_the_program(family, tiny):
+    """Of one sample: a block's backward pass and its weight gradients, beside the forward pass that it repeats."""
+    model = model_of(tiny(family))
+    block, samples, length = model.block(), 1, 8
+    parameters = {path: jnp.ones(shape) for path, shape in block.shapes}
+    stream = jnp.ones((1, samples, length, model.hidden))
+
+    def back(parameters, stream, totals):
+        return cotangents.backward.__wrapped__(block, parameters, stream, stream, totals, "l2", False)
+
+    forward = sum(operations.forward_operations(model, sub, samples, length) for sub in model.sub_blocks)
+    waste = samples * (CAUSAL // 2 * 2 * length // (length + 1) - CAUSAL // 2)
+    counted = products(jax.make_jaxpr(back)(parameters, stream, cotangents.zero_totals(block)).jaxpr)
+    assert counted == 3 * (forward + waste)
+    head = 2 * 2 * samples * length * 32 * 97
+    assert operations.sweep_operations(model, samples, length) == model.layers * 4 * forward + head
+    config = PruneConfig(ckpt="dense", out=Path("out"), samples=1, length=8, method="gblm")
+    wanda = PruneConfig(ckpt="dense", out=Path("out"), samples=1, length=8)
+    more = operations.run_operations(model, config)
+    assert more.pop("gradients") == model.layers * 4 * forward + head
+    assert more == operations.run_operations(model, wanda)
 
 
 def products(jaxpr) -> int:

@@ -142,9 +142,9 @@ def test_remove_leaves_nothing_and_closing_again_is_harmless(spoilt):
 
 
 def test_create_starts_anew(spoilt):
-    assert RunState.holds_blocks(spoilt)
+    assert RunState.holds_work(spoilt)
     with RunState.create(spoilt, {**RUN, "--alpha": 0.2}) as state:
-        assert state.finished == 0 and not RunState.holds_blocks(spoilt)
+        assert state.finished == 0 and not RunState.holds_work(spoilt)
         state.commit(0, *block(7))
         assert_same(state.load(0), block(7))
     assert {path.name for path in spoilt.iterdir()} == {IDENTITY, "0"}
@@ -157,7 +157,7 @@ def test_create_spares_what_is_no_run_state(folder, made):
     with pytest.raises(BarberError, match=r"out\.run"):
         RunState.create(folder, RUN)
     assert folder.exists() and sorted(folder.rglob("*")) == before
-    assert not RunState.holds_blocks(folder)
+    assert not RunState.holds_work(folder)
 
 
 # Which run it is
@@ -166,7 +166,7 @@ def test_create_spares_what_is_no_run_state(folder, made):
 def test_resume_needs_a_run(folder):
     for made in (lambda: None, folder.mkdir, (folder / f"{IDENTITY}.partial").touch):
         made()
-        assert not RunState.holds_blocks(folder)
+        assert not RunState.holds_work(folder)
         with pytest.raises(BarberError, match=r"^--resume: no unfinished run under .*out\.run; leave --resume out"):
             RunState.resume(folder, RUN)
     RunState.create(folder, RUN).close()
