@@ -29,7 +29,7 @@ from barber_jax.stages.base import SharedOptions
 from barber_jax.stages.rebuild import RebuildOptions
 from barber_jax.stages.reconstruct import ReconstructOptions
 from barber_jax.stages.refine import RefineOptions
-from barber_jax.stages.table import enabled_stages, needs_dense_stream
+from barber_jax.stages.table import enabled_stages, needs_dense_stream, needs_token_weights
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "paper": {},
@@ -258,6 +258,11 @@ class PruneConfig(
     def needs_dense_stream(self) -> bool:
         """Whether a stage needs the activations of the dense model besides the pruned model's."""
         return needs_dense_stream(self)
+
+    @property
+    def needs_token_weights(self) -> bool:
+        """Whether a stage weights tokens by the dense model's end loss."""
+        return needs_token_weights(self)
 
 
 def recorded_command(options: Mapping[str, Any]) -> list[str] | None:

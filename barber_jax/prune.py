@@ -185,9 +185,11 @@ def prune_blocks(run: Prepared, writer: FolderWriter | None, state: RunState | N
             run.start.sparsities = allocation.block_sparsities(*arguments, batch=config.batch, offload=offload)
         if isinstance(run.start, CriterionStart) and run.start.needs_gradients:
             run.start.gradients = sweeps.weight_norms(run.start.needs_gradients)
+        token_weights = sweeps.token_weights(config.seed) if config.needs_token_weights else None
         with progress.phase("pruning", run.model.layers) as phase:
             arguments = (*inputs, run.start, config, config.batch, phase, run.devices, History(state))
             switches = {"offload": offload, "keep_start": config.save_start, "selection": run.selection}
+            switches["token_weights"] = token_weights
             return write_blocks(Pruning(*arguments, **switches), writer, phase)
 
 

@@ -83,16 +83,22 @@ def starting_mask_operations(model: Model, method: str, samples: int, length: in
     return total
 
 
-def sweep_operations(model: Model, samples: int, length: int) -> int:
+def sweep_operations(model: Model, samples: int, length: int, weights: bool = True) -> int:
     """Operations of the backward sweep through the dense model, with every stream kept.
+
+    Args:
+        weights: whether the gradients of weights are wanted, besides those of the linears' outputs.
 
     Each block needs a forward pass to the end of the model, another one for its own backward pass, and in that the
     gradients of the weights and of the activations: as much as two. The head needs logits and the gradient of its
     input.
     """
-    blocks = model.layers * 4 * sum(forward_operations(model, sub, samples, length) for sub in model.sub_blocks)
+    block = 4 * sum(forward_operations(model, sub, samples, length) for sub in model.sub_blocks)
+    if not weights:
+        kernels = [path for sub in model.sub_blocks for path in sub.kernels]
+        block -= sum(_linear_operations(model, path, samples * length) for path in kernels)
     inputs, outputs = dict(model.head().shapes)["lm_head.kernel"]
-    return blocks + 2 * 2 * samples * length * inputs * outputs
+    return model.layers * block + 2 * 2 * samples * length * inputs * outputs
 
 
 def block_operations(model: Model, config: PruneConfig, last: bool) -> dict[str, int]:
@@ -136,11 +142,13 @@ def stage_operations(model: Model, sub: SubBlock, config: PruneConfig) -> dict[s
 def refine_operations(model: Model, sub: SubBlock, config: PruneConfig) -> int:
     """Operations of one round of `--refine` on a sub-block, without validation losses.
 
-    Each distinct input of its linears needs a forward pass and a Gram matrix; each kernel needs its layer-wise error
-    under the current mask and under the mask of every shrinkage. Swaps need no matrix product.
+    Each distinct input of its linears, or with weights by gradients each linear, needs a forward pass and a Gram
+    matrix; each kernel needs its layer-wise error under the current mask and under the mask of every shrinkage. Swaps
+    need no matrix product.
     """
     shapes, tokens = dict(model.block().shapes), config.samples * config.length
-    sizes = [shapes[paths[0]][0] for paths in inputs(sub).values()]
+    by_linear = config.needs_token_weights
+    sizes = [shapes[path][0] for paths in inputs(sub).values() for path in (paths if by_linear else paths[:1])]
     grams = sum(2 * tokens * size**2 for size in sizes)
     forwards = len(sizes) * forward_operations(model, sub, config.samples, config.length)
     errors = (1 + len(SHRINKAGES)) * sum(2 * shapes[path][0] ** 2 * shapes[path][1] for path in sub.kernels)
@@ -152,6 +160,9 @@ def run_operations(model: Model, config: PruneConfig) -> dict[str, int]:
     total: dict[str, int] = {}
     if config.method and CRITERIA[config.method].gradients:
         total["gradients"] = sweep_operations(model, config.samples, config.length)
+    if config.needs_token_weights:
+        tokens = sweep_operations(model, config.samples, config.length, weights=False)
+        total["gradients"] = total.get("gradients", 0) + tokens
     for index in range(model.layers):
         for stage, count in block_operations(model, config, last=index + 1 == model.layers).items():
             total[stage] = total.get(stage, 0) + count

@@ -17,7 +17,7 @@ from barber_jax.forward.cotangents import Norm
 from barber_jax.forward.passes import Parameters
 from barber_jax.forward.sweep import Wanted, sweep
 from barber_jax.models.family import Model
-from barber_jax.run.gradient_file import WEIGHTS, GradientFile
+from barber_jax.run.gradient_file import TOKENS, WEIGHTS, GradientFile
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,24 @@ class Sweeps:
         shapes = dict(self.model.block().shapes)
         read = self._kept(WEIGHTS, Wanted("data", norm), {path: shapes[path] for path in self._kernels()})
         return lambda index: self.devices.put_block(self.model.sub_blocks, read(index))
+
+    def token_weights(self, seed: int) -> Callable[[int], dict[str, np.ndarray]]:
+        """Weight of each token in a linear's error: mean over the linear's outputs of the squared gradient of the end
+        loss, scaled to a mean of 1; labels are drawn from the dense model's own distribution.
+
+        Args:
+            seed: of the labels.
+
+        Returns:
+            A function from a block's index to kernel path -> float32 [S, L].
+
+        Raises:
+            BarberError: the file cannot be written, or the gradients overflow.
+        """
+        shape = (self.ids.shape[0] * self.ids.shape[1], self.ids.shape[2])
+        wanted = Wanted("model", tokens=True, seed=seed)
+        read = self._kept(TOKENS, wanted, dict.fromkeys(self._kernels(), shape))
+        return lambda index: {path: scaled(squares) for path, squares in read(index).items()}
 
     def _kernels(self) -> list[str]:
         return [path for sub in self.model.sub_blocks for path in sub.kernels]
@@ -94,3 +112,9 @@ class Sweeps:
         with suppress(FileNotFoundError):
             file.path.unlink()
         return False
+
+
+def scaled(weights: np.ndarray) -> np.ndarray:
+    """Weights of tokens, scaled to a mean of 1; all 1 where none has any."""
+    mean = weights.mean(dtype=np.float64)
+    return (weights / mean).astype(np.float32) if mean > 0 else np.ones_like(weights)

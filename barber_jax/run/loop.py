@@ -7,7 +7,7 @@ it afterwards, but each block is read only once.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -28,6 +28,7 @@ from barber_jax.forward.passes import Parameters
 from barber_jax.forward.streams import Stream, Streams
 from barber_jax.masks.selection import Selection
 from barber_jax.models.family import Model
+from barber_jax.models.sharding import DATA
 from barber_jax.run.history import Commit, History
 from barber_jax.stages import SharedOptions, SubBlockStages, held_out_samples
 from barber_jax.stages.outliers import format_maps
@@ -68,6 +69,8 @@ class Pruning:
             committed to it.
         offload: keep activations in host memory, with one micro-batch at a time on the device.
         keep_start: whether `BlockResult.start_masks` is needed; otherwise it may hold the final masks.
+        token_weights: index of a block -> kernel path -> float32 [S, L], weights of tokens by the end loss; None where
+            no stage needs them.
         selection: implementation of the stages' selection, where a comparison group lies on one device.
 
     Raises:
@@ -86,6 +89,7 @@ class Pruning:
     offload: bool = False
     keep_start: bool = False
     selection: Selection = "count"
+    token_weights: Callable[[int], dict[str, np.ndarray]] | None = None
 
     def __post_init__(self):
         self._blocks = self.model.blocks()
@@ -122,10 +126,8 @@ class Pruning:
         """Embed the calibration tokens into the streams that the run needs."""
         if not (self.start.needs_stream or self._runs_stages):
             return Streams()
-        ids = passes.micro_batches(self.ids, self.batch, self.devices.shape[0], self._held_out)
+        ids, boundaries = self._split(self.ids)
         held_out = self._held_out // ids.shape[1]
-        # With offloading, embed one micro-batch at a time: all of them might not fit on the device.
-        boundaries = range(1, len(ids)) if self.offload else [len(ids) - held_out] if held_out else []
         embedding = read_embedding(self.checkpoint, self.model, ids, self.devices)
 
         def stream() -> Stream:
@@ -137,6 +139,23 @@ class Pruning:
             stream() if needs_dense_stream(self.options) else None,
             held_out if self.offload else min(held_out, 1),
         )
+
+    def _split(self, values: np.ndarray) -> tuple[np.ndarray, Sequence[int]]:
+        """Micro-batches [M, B, L] of [S, L], and those before which a new chunk of a stream begins."""
+        batches = passes.micro_batches(values, self.batch, self.devices.shape[0], self._held_out)
+        held_out = self._held_out // batches.shape[1]
+        # With offloading, embed one micro-batch at a time: all of them might not fit on the device.
+        return batches, range(1, len(batches)) if self.offload else [len(batches) - held_out] if held_out else []
+
+    def _token_weights(self, index: int) -> dict[str, Stream]:
+        """`Work.token_weights` of a block; {} where no stage needs them."""
+        if self.token_weights is None:
+            return {}
+        return {path: self._chunks(weights) for path, weights in self.token_weights(index).items()}
+
+    def _chunks(self, values: np.ndarray) -> Stream:
+        """[S, L] on the devices, in chunks [m, B, L] as those of the streams."""
+        return Stream((self.devices.put(chunk, None, DATA) for chunk in np.split(*self._split(values))), offload=False)
 
     def _stages(self, index: int) -> SubBlockStages:
         return self._stages_of_kind[self._blocks.kinds[index]]
@@ -153,11 +172,12 @@ class Pruning:
         masks, weights, records = start_masks, start_weights, []
         if streams.rebuilt is not None:
             masks, weights = {}, {}
+            token_weights = self._token_weights(index)
             for sub in self.model.sub_blocks:
                 sub_masks = {path: start_masks[path] for path in sub.kernels}
                 paths = self._blocks[index].paths(sub)
                 sub_weights = {path: start_weights[path] for path in paths if path in start_weights}
-                work = self._stages(index)(sub, dense, sub_weights, sub_masks, streams, watch)
+                work = self._stages(index)(sub, dense, sub_weights, sub_masks, streams, watch, token_weights)
                 masks |= work.masks
                 weights |= work.updated
                 self._check_fit(index, work.updated)

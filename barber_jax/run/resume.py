@@ -41,8 +41,8 @@ def run_identity(
     """
     identity = {flag(name): value for name, value in options.items() if name not in NOT_COMPARED}
     identity["version of the run state"] = STATE_VERSION
-    if options["reconstruct"]:
-        # The seed also determines the order of training samples, not only the calibration samples.
+    if options["reconstruct"] or options["refine_weighting"] == "gradient":
+        # The seed also determines the order of training samples, and labels, not only the calibration samples.
         identity["--seed"] = options["seed"]
     if ids is not None and split_source(options["calibration"])[0]:
         # A resumed run takes the ids that the interrupted one has kept, so they do not tell whether these differ.

@@ -57,6 +57,8 @@ class Work:
         start_masks: masks before the first stage.
         streams: stream B enters the sub-block.
         watch: times the stages.
+        token_weights: kernel path -> float32 stream [M, B, L] in chunks like stream B, weight of each token in the
+            linear's error by the end loss; empty where no stage needs it.
         masks: masks as they are now.
         updated: path -> parameters as they are now, where they differ from the dense ones. Kernels hold the dense
             weight where pruned: what a weight regrows as.
@@ -76,6 +78,7 @@ class Work:
     start_masks: BlockMasks
     streams: Streams
     watch: Stopwatch
+    token_weights: dict[str, Stream] = field(default_factory=dict)
     masks: BlockMasks = field(init=False)
     updated: Parameters = field(default_factory=dict)
     target: Stream | None = None

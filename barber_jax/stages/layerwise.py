@@ -35,32 +35,35 @@ def gram(
     stream: jax.Array,
     target: jax.Array,
     weighting: TokenWeighting,
+    given: jax.Array | None = None,
 ) -> jax.Array:
     """Gram matrix of an input of a sub-block's linears over a chunk of stream B, tokens weighted by
-    `loss.token_weights`.
+    `loss.token_weights`, or as given.
 
     Args:
         entering: name of the input.
         parameters: of the block, this sub-block's as they are now.
         masks: kernel path -> bool [out, in], of the sub-block.
         stream, target: [M, B, L, D].
+        given: float32 [M, B, L], weight of each token instead of those by `weighting`.
 
     Returns:
         float32 [I, I].
     """
     block = definition.bind(sparsify(parameters, masks))
 
-    def micro_batch(total: jax.Array, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        hidden, wanted = (constrain(each, DATA) for each in pair)
+    def micro_batch(total: jax.Array, pieces: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        hidden, wanted, *own = (constrain(each, DATA) for each in pieces)
         seen = {}
         block.apply(sub.name, block.enter(sub.name, hidden), seen.__setitem__)
         flat = seen[entering].reshape(-1, seen[entering].shape[-1]).astype(jnp.float32)
-        weights = token_weights(block, hidden, wanted, weighting)
+        weights = own[0] if own else token_weights(block, hidden, wanted, weighting)
         left = flat if weights is None else flat * weights.reshape(-1, 1)
         return constrain(total + jnp.matmul(left.T, flat, precision=lax.Precision.HIGHEST)), None
 
     size = dict(definition.shapes)[inputs(sub)[entering][0]][0]
-    return lax.scan(micro_batch, jnp.zeros((size, size), jnp.float32), (stream, target))[0]
+    pieces = (stream, target) if given is None else (stream, target, given)
+    return lax.scan(micro_batch, jnp.zeros((size, size), jnp.float32), pieces)[0]
 
 
 @jax.jit

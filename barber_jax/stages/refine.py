@@ -1,15 +1,20 @@
 """Refinement of a sub-block's masks: swaps by their exact gain in each linear's error, no weight changed.
 
+With `gradient` weighting a token counts in a linear's error by the squared gradient of the dense model's end loss at
+the linear's output (the idea of GuidedQuant, arXiv 2505.07004).
+
 Swaps overfit where samples are few, so every matrix is refined with several shrinkages of its Gram matrix, and the mask
 with the lowest error on held-out samples is taken.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from barber_jax.console.options import OptionGroup
+from barber_jax.forward.streams import Stream
 from barber_jax.stages import layerwise
 from barber_jax.stages.base import INT32_MAX, Stage, Work
 from barber_jax.stages.exact_swaps import make_swaps
@@ -20,12 +25,17 @@ SHRINKAGES = (0.01, 0.1, 0.5, 2.0)
 few samples; with the diagonal alone, swaps would be those of Wanda's score."""
 
 
+RefineWeighting = Literal["tokens", "gradient"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class RefineOptions(OptionGroup):
     """Better masks: swaps by their exact gain."""
 
     refine: int = 0
     """Maximum number of swaps in each output, each by its exact gain in layer-wise error; 0 = none."""
+    refine_weighting: RefineWeighting = "tokens"
+    """Weight of a token in the layer-wise error: tokens = by --token-weighting, gradient = by the end loss."""
 
     def settle(self) -> None:
         self._require_least(0, "refine")
@@ -69,6 +79,7 @@ class Refine(Stage):
     """Refinement as a stage."""
 
     name = "refine"
+    options = ("refine_weighting",)
     switch = "--refine"
 
     def enabled(self, options: RefineOptions) -> bool:
@@ -87,9 +98,14 @@ class Refine(Stage):
         before, masks, updated = work.validation_loss(), work.masks, work.updated
         limit, of = work.options.refine, work.options.sparsity_pattern.of
         chosen: dict[str, float | None] = {}
-        for entering, kernels in layerwise.inputs(work.sub).items():
-            training = self._gram(work, entering, work.streams.training)
-            validation = self._gram(work, entering, work.streams.validation)
+        groups = layerwise.inputs(work.sub).items()
+        if work.options.refine_weighting == "gradient":
+            # Linears that read the same input weight its tokens differently.
+            groups = [(entering, (path,)) for entering, kernels in groups for path in kernels]
+        for entering, kernels in groups:
+            given = work.token_weights.get(kernels[0])
+            training = self._gram(work, entering, work.streams.training, given)
+            validation = self._gram(work, entering, work.streams.validation, given)
             for path in kernels:
                 kernel = work.updated.get(path, work.dense[path])
                 best = refine_matrix(kernel, work.dense[path], work.masks[path], training, validation, limit, of=of)
@@ -100,12 +116,14 @@ class Refine(Stage):
             work.masks, work.updated, chosen = masks, updated, dict.fromkeys(chosen)
         work.record.setdefault("shrinkage", []).append(chosen)
 
-    def _gram(self, work: Work, entering: str, part: slice) -> jax.Array:
-        """Gram matrix of an input over some of the chunks."""
+    def _gram(self, work: Work, entering: str, part: slice, given: Stream | None) -> jax.Array:
+        """Gram matrix of an input over some of the chunks; `given` are weights of the tokens, if they are known."""
         total, parameters = None, work.parameters
-        for chunk, wanted in zip(work.streams.rebuilt.part(part), work.target.part(part), strict=True):
+        chunks, targets = work.streams.rebuilt.part(part), work.target.part(part)
+        weights = given.part(part) if given else [None] * len(chunks)
+        for chunk, wanted, own in zip(chunks, targets, weights, strict=True):
             arguments = (work.definition, work.sub, entering, parameters, work.masks, chunk, wanted)
-            gram = layerwise.gram(*arguments, work.options.token_weighting)
+            gram = layerwise.gram(*arguments, work.options.token_weighting, own)
             total = gram if total is None else total + gram
         return total
 

@@ -55,7 +55,14 @@ class SubBlockStages:
         self._stages = enabled_stages(options)
 
     def __call__(
-        self, sub: SubBlock, dense: Parameters, start: Parameters, masks: BlockMasks, streams: Streams, watch: Stopwatch
+        self,
+        sub: SubBlock,
+        dense: Parameters,
+        start: Parameters,
+        masks: BlockMasks,
+        streams: Streams,
+        watch: Stopwatch,
+        token_weights: dict[str, Stream] | None = None,
     ) -> Work:
         """Take one sub-block through its stages, and the streams through the sub-block.
 
@@ -63,12 +70,13 @@ class SubBlockStages:
             dense: the dense block's parameters, earlier sub-blocks as they have become.
             start: path -> starting weights where they differ from the dense ones.
             masks: kernel path -> starting mask.
+            token_weights: see `Work.token_weights`.
 
         Returns:
             what became of the sub-block; `streams.rebuilt` and `streams.dense` are past it.
         """
         given = (self._definition, sub, self._options, self._samples, self._data_parallel, self._selection)
-        work = Work(*given, dense, start, masks, streams, watch)
+        work = Work(*given, dense, start, masks, streams, watch, token_weights or {})
         if self._options.retain_reconstruction or not self._options.rebuild:
             work.updated = weights.surviving_weights({path: dense[path] for path in start}, start, masks)
         self._begin(work)

@@ -27,6 +27,11 @@ def needs_dense_stream(options: SharedOptions) -> bool:
     return validates(options) and options.target == "dense"
 
 
+def needs_token_weights(options: SharedOptions) -> bool:
+    """Whether a stage weights tokens by the dense model's end loss."""
+    return STAGES["refine"].enabled(options) and options.refine_weighting == "gradient"
+
+
 def unused_options(options: SharedOptions) -> dict[str, str]:
     """Options that no enabled stage looks at, each with what would."""
     unused = {

@@ -50,6 +50,7 @@ def start(inputs, out, processes, *options, program=("-m", "barber_jax.prune")):
         ["--mesh", "data=2,model=2"],
         pytest.param([], marks=pytest.mark.slow),
         pytest.param(["--method", "sparsegpt", "--format", "both"], marks=pytest.mark.slow),
+        pytest.param(["--method", "gblm", "--refine", "2", "--refine-weighting", "gradient"], marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )
