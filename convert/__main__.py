@@ -12,10 +12,10 @@ from barber_jax.console.documents import read_json
 from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.convert.checkpoint import Checkpoint, open_checkpoint
 from barber_jax.convert.export import MASKS, RECOVERED, RUN, FolderWriter, claimed
+from barber_jax.convert.flax_module import check_zeros, open_masks
 from barber_jax.convert.folder import ModelFolder
 from barber_jax.convert.formats import Format, apply_format
 from barber_jax.convert.parameters import check_tensors
-from barber_jax.masks.mask_file import read_masks
 from barber_jax.models import build_model
 
 
@@ -45,7 +45,8 @@ def convert(config: ConvertConfig) -> None:
     neither gets a run.json with nothing but the note.
 
     Raises:
-        BarberError: the source cannot be read or --out cannot be written; nothing is left under --out then.
+        BarberError: the source cannot be read, its mask file is not that of its weights, or --out cannot be written;
+            nothing is left under --out then.
     """
     with claimed(config.out, config.overwrite, [Path(config.ckpt)]):
         _convert(config)
@@ -54,12 +55,20 @@ def convert(config: ConvertConfig) -> None:
 def _convert(config: ConvertConfig) -> None:
     """Do what `convert` does, with --out claimed."""
     checkpoint = open_checkpoint(config.ckpt)
-    check_tensors(checkpoint, build_model(checkpoint.config, jnp.dtype("float32")))
+    model = build_model(checkpoint.config, jnp.dtype("float32"))
+    check_tensors(checkpoint, model)
+    masks, records = open_masks(checkpoint, model), _load_records(checkpoint)
     with FolderWriter(config.out, checkpoint) as writer:
         if writer.no_tokenizer:
             print(writer.no_tokenizer, file=sys.stderr)
-        writer.finish(set())
-        records = _copy_masks_and_load_records(checkpoint, writer.folder)
+        pruned = masks.names() if masks else []
+        for name in pruned:
+            tensor = checkpoint.read(name)
+            check_zeros(checkpoint, name, tensor, masks.read(name))
+            writer.write(name, tensor)
+        writer.finish(set(pruned))
+        if masks:
+            masks.copy(writer.folder / MASKS)
         apply_format(writer.folder, config.format)
         note = {"ckpt": config.ckpt, "format": config.format, "barber_jax": __version__}
         for name, record in (records or {RUN: {}}).items():
@@ -67,14 +76,11 @@ def _convert(config: ConvertConfig) -> None:
         writer.publish()
 
 
-def _copy_masks_and_load_records(checkpoint: Checkpoint, folder: Path) -> dict[str, dict]:
-    """Copy the mask file of a checkpoint's folder, if it has one; name -> content of its run.json and recover.json."""
+def _load_records(checkpoint: Checkpoint) -> dict[str, dict]:
+    """Name -> content of the run.json and recover.json of a checkpoint's folder."""
     if not isinstance(checkpoint, ModelFolder):
         return {}
-    masks, records = checkpoint.folder / MASKS, (checkpoint.folder / name for name in (RUN, RECOVERED))
-    if masks.exists():
-        # Opened first, so that a damaged file is rejected and not copied.
-        read_masks(masks).copy(folder / MASKS)
+    records = (checkpoint.folder / name for name in (RUN, RECOVERED))
     return {path.name: read_json(path, f"{path}: missing") for path in records if path.exists()}
 
 

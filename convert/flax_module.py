@@ -73,11 +73,8 @@ def load(
                 zeros += mask.size - int(mask.sum())
             elif masks is not None:
                 tensor = np.where(mask, tensor, np.zeros((), tensor.dtype))
-            elif np.any(tensor[~mask]):
-                raise BarberError(
-                    f"{checkpoint.location}: {name} is not zero everywhere that its {FILE_NAME} prunes; "
-                    "give the masks of this checkpoint, or delete that file"
-                )
+            else:
+                check_zeros(checkpoint, name, tensor, mask)
         parameters[path] = _cast(to_flax(path, tensor), dtype, f"{checkpoint.location}: tensor {name}")
         kept[path] = np.True_ if mask is None else to_flax(path, mask)
     if file is None and zeros < SPARSE * sum(checkpoint.size(name) for name in prunable):
@@ -112,6 +109,15 @@ def _cast(value: np.ndarray, dtype: np.dtype, what: str) -> jax.Array:
     if not np.isfinite(cast).all():
         raise BarberError(f"{what} does not fit {dtype.name}; load it with dtype='float32'")
     return jnp.asarray(cast)
+
+
+def check_zeros(checkpoint: Checkpoint, name: str, tensor: np.ndarray, mask: np.ndarray) -> None:
+    """Raise BarberError unless a weight is zero wherever the mask that lies beside it prunes; both [out, in]."""
+    if np.any(tensor[~mask]):
+        raise BarberError(
+            f"{checkpoint.location}: {name} is not zero everywhere that its {FILE_NAME} prunes; "
+            "give the masks of this checkpoint, or delete that file"
+        )
 
 
 def open_masks(checkpoint: Checkpoint, model: Model, given: str | os.PathLike | None = None) -> Masks | None:

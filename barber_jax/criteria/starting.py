@@ -290,4 +290,4 @@ def check_pattern(mask: np.ndarray, pattern: SparsityPattern, what: str) -> None
     """Raise `BarberError` unless the mask, bool [out, in], has the pattern; `what` begins the error message."""
     pattern.check_inputs(mask.shape[1], what)
     if pattern.structured and not (mask.reshape(-1, pattern.of).sum(axis=1) == pattern.keep).all():
-        raise BarberError(f"{what} does not keep {pattern.keep} of every {pattern.of} inputs; leave out --pattern")
+        raise BarberError(f"{what} does not keep {pattern.keep} of every {pattern.of} inputs, as its pattern says")

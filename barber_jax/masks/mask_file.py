@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from barber_jax.console import documents
 from barber_jax.console.errors import BarberError
 from barber_jax.console.files import FileState, check_fetched, writing
+from barber_jax.masks.pattern import SparsityPattern
 
 FILE_NAME = "masks.safetensors"
 """Name of the mask file in the folder of a pruned model."""
@@ -76,7 +77,7 @@ class Masks:
         self.path = path
         self._file, self._state = file, state
         metadata = self._metadata()
-        self.pattern = metadata["pattern"]
+        self.pattern = self._parse_pattern(metadata["pattern"])
         self.sparsity = self._parse_sparsity(metadata["sparsity"])
         self.shapes = self._parse_shapes(metadata["shapes"])
         self._check_tensors()
@@ -133,6 +134,12 @@ class Masks:
             if not metadata.get(key):
                 raise self._bad(f"the metadata lack {key!r}")
         return metadata
+
+    def _parse_pattern(self, text: str) -> str:
+        try:
+            return str(SparsityPattern.parse(text, None))
+        except BarberError:
+            raise self._bad(f"pattern {text[:50]!r} is neither 'unstructured' nor N:M such as 2:4") from None
 
     def _parse_sparsity(self, text: str) -> float:
         try:

@@ -456,12 +456,23 @@ def test_orbax_written_by_something_else(orbax, capsys, tmp_path):
 
 def test_masks_that_do_not_fit_are_not_written(tmp_path, dense, ids):
     prune_masks(tmp_path / "pruned", dense, ids, *SMALL, *QUICK)
+    file = tmp_path / "pruned" / "masks.safetensors"
     write_model(tmp_path / "wider", intermediate_size=BASE["intermediate_size"] * 2)
-    shutil.copyfile(tmp_path / "pruned" / "masks.safetensors", tmp_path / "wider" / "masks.safetensors")
     with pytest.raises(BarberError, match="fits no weight of"):
-        convert(tmp_path / "wider", tmp_path / "out", "--format", "orbax")
-    assert not (tmp_path / "out").exists()
-    assert read_masks(tmp_path / "pruned" / "masks.safetensors").names()
+        write_orbax(tmp_path / "orbax", HFFolder(tmp_path / "wider"), read_masks(file))
+    # As left behind where other weights were copied over those of a result, of another model or of this one.
+    for name, says in (
+        ("wider", r"mask model\.layers\.0\.mlp\.\w+\.weight has shape"),
+        ("same", "is not zero everywhere"),
+    ):
+        if name == "same":
+            write_model(tmp_path / name)
+        shutil.copyfile(file, tmp_path / name / file.name)
+        for form in ("hf", "orbax"):
+            with pytest.raises(BarberError, match=says):
+                convert(tmp_path / name, tmp_path / "out", "--format", form)
+            assert not (tmp_path / "out").exists()
+    assert read_masks(file).names()
 
 
 def test_a_full_disk_is_one_line_without_what_orbax_logs(tmp_path, dense, capfd, caplog):

@@ -1,5 +1,6 @@
 """Tensors of two models that have the same shapes: of a second checkpoint, or of files that were replaced meanwhile."""
 
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -88,5 +89,7 @@ def test_masks_that_are_replaced_while_they_are_used(tmp_path):
     masks.copy(copy)
     assert copy.read_bytes() == path.read_bytes()
     write_masks(path, 1)
+    # Clocks of file systems may take some milliseconds a tick.
+    os.utime(path, (0, 0))
     with pytest.raises(BarberError, match="replaced or removed while it was read"):
         masks.copy(copy)

@@ -169,6 +169,7 @@ def test_safetensors_files_of_another_kind(path, masks):
         ({"version": "9" * 5000}, "is not a number"),
         ({"version": None}, "version '' is not a number"),
         ({"pattern": None}, "lack 'pattern'"),
+        *(({"pattern": odd}, f"pattern '{odd}' is neither") for odd in ("x:y", "0:4", "5:4", "2:4 ")),
         ({"sparsity": None}, "lack 'sparsity'"),
         ({"sparsity": "half"}, "sparsity 'half'"),
         ({"sparsity": "nan"}, "sparsity 'nan'"),
