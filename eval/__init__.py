@@ -6,7 +6,8 @@ May import: everything.
 |---|---|
 | `perplexity`, `zero_shot` | the commands that evaluate a checkpoint: perplexity, zero-shot accuracy |
 | `language_model`, `lm_eval_cli`, `task_data` | zero-shot tasks with lm-eval: model class, command line, data |
-| `study`, `grid`, `grid_file`, `runs`, `tables`, `agreement`, `study_page` | comparison of runs, and grids of runs |
+| `study`, `runs`, `tables`, `agreement`, `study_page` | comparison of runs |
+| `grid`, `grid_file`, `grid_recovery` | grids of runs |
 | `device_check`, `device_page` | masks and speed on the devices at hand, without a checkpoint |
 | `device_masks`, `device_kernels`, `synthetic` | its parts: agreement with a CPU, kernels alone, random checkpoints |
 | `benchmark`, `operations` | speed compared with the hardware's peak |

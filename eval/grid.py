@@ -6,9 +6,11 @@
       - {method: wanda, granularity: [output1, layer], alpha: [0.01, 0.1]}
     perplexity: {dataset: [wikitext2], length: 2048}    options of barber_jax.eval.perplexity; optional
     zero_shot: {tasks: [boolq, rte]}             options of barber_jax.eval.zero_shot; optional
+    recover: {text: c4, tokens: 2000000}         options of barber_jax.recover, for every run; optional
     dense: true                                  whether to evaluate the dense model too
 
-Several files are merged: later files override `prune`, `perplexity`, `zero_shot` and `dense`, and extend `sweep`.
+Several files are merged: later files override `prune`, `perplexity`, `zero_shot`, `recover` and `dense`, and extend
+`sweep`. With `recover`, every run is also recovered, with the dense model as the teacher, and evaluated again.
 
 Runs that differ only in the stages after the starting mask share one run that makes the starting masks (stream A and
 the criterion's statistics are computed once). Every run is a process of its own, so that its peak memory is not mixed
@@ -32,9 +34,10 @@ from barber_jax.console.errors import BarberError
 from barber_jax.console.options import flag
 from barber_jax.console.outputs import write_whole
 from barber_jax.console.values import typed, words
-from barber_jax.convert.export import MASKS, RUN, sibling_path
+from barber_jax.convert.export import MASKS, RECOVERED, RUN, sibling_path
 from barber_jax.criteria import CRITERIA
 from barber_jax.eval.grid_file import Options, read_grid
+from barber_jax.eval.grid_recovery import check_recovered, recover_options
 from barber_jax.eval.perplexity import PerplexityConfig
 from barber_jax.eval.runs import OTHER_STAGE_OPTIONS, PERPLEXITY_FILE, REBUILD_OPTIONS, ZERO_SHOT_FILE
 from barber_jax.eval.zero_shot import ZeroShotConfig
@@ -202,6 +205,8 @@ def run_grid(grid: dict[str, Any], ckpt: str, out: Path, log: Callable[[str], No
         words(_evaluation_options(config, options, ckpt))
     for setting in runs:
         prune_arguments(setting, ckpt, out)
+        if grid["recover"]:
+            recover_options(grid["recover"], ckpt, out / setting.name)
     folders = []
     if grid["dense"] == "true" and evaluations:
         folders.append(out / "dense")
@@ -210,18 +215,30 @@ def run_grid(grid: dict[str, Any], ckpt: str, out: Path, log: Callable[[str], No
             _evaluate(evaluation, ckpt, folders[0], log)
     for number, setting in enumerate(runs, 1):
         folder = out / setting.name
-        folders.append(folder)
         log(f"{number} of {len(runs)}: {setting.name}")
         options = prune_options(setting, ckpt, out)
-        arguments = words(options)
         if (folder / RUN).is_file():
             _check_options(folder, PruneConfig(**options))
         else:
-            unfinished = sibling_path(folder, ".run").exists()
-            _run_module("prune", [*arguments, *(["--resume"] if unfinished else [])], log)
-        for evaluation in evaluations:
+            _run_or_resume("prune", options, log)
+        made = [folder]
+        if grid["recover"]:
+            options = recover_options(grid["recover"], ckpt, folder)
+            if (options["out"] / RECOVERED).is_file():
+                check_recovered(options)
+            else:
+                _run_or_resume("recover", options, log)
+            made.append(options["out"])
+        for folder, evaluation in itertools.product(made, evaluations):
             _evaluate(evaluation, str(folder), folder, log)
+        folders += made
     return folders
+
+
+def _run_or_resume(module: str, options: dict[str, Any], log: Callable[[str], None]) -> None:
+    """Run a command that writes to `options["out"]`, or continue it where it was cut off."""
+    unfinished = sibling_path(options["out"], ".run").exists()
+    _run_module(module, [*words(options), *(["--resume"] if unfinished else [])], log)
 
 
 def _evaluations(grid: dict[str, Any]) -> Iterator[tuple[str, Options, str, type]]:

@@ -11,13 +11,16 @@ from barber_jax.console.files import expand
 from barber_jax.devices.options import PROCESS_OPTIONS
 from barber_jax.eval.perplexity import PerplexityConfig
 from barber_jax.eval.zero_shot import ZeroShotConfig
+from barber_jax.recovery.recover_config import RecoverConfig
 
-KEYS = ("prune", "sweep", "perplexity", "zero_shot", "dense")
+KEYS = ("prune", "sweep", "perplexity", "zero_shot", "recover", "dense")
 RESERVED_OPTIONS = (
     "ckpt",
     "out",
     "json",
     "masks",
+    "teacher",
+    "log_dir",
     "sparse_ckpt",
     "overwrite",
     "resume",
@@ -29,6 +32,8 @@ RESERVED_OPTIONS = (
 )
 """Options that a grid file may not set: the grid sets them itself or evaluates in another way, or they concern the
 machine and not the experiment."""
+CONFIGS = {"prune": PruneConfig, "perplexity": PerplexityConfig, "zero_shot": ZeroShotConfig, "recover": RecoverConfig}
+"""Keys that hold options, and the class of these."""
 Options = dict[str, Any]
 """Option name with `_` for `-` -> a value or a list of values, as the file has them: text, from YAML."""
 
@@ -42,7 +47,7 @@ def read_grid(paths: list[Path]) -> dict[str, Any]:
     Raises:
         BarberError: a file cannot be read, or holds an unknown key or option, or a value of the wrong type.
     """
-    grid: dict[str, Any] = {"prune": {}, "sweep": [], "perplexity": {}, "zero_shot": {}, "dense": "true"}
+    grid: dict[str, Any] = {"sweep": [], "dense": "true", **{key: {} for key in CONFIGS}}
     for path in paths:
         content = _parse_file(path)
         for key, value in content.items():
@@ -60,7 +65,7 @@ def read_grid(paths: list[Path]) -> dict[str, Any]:
                 grid[key] = {**grid[key], **value}
             else:
                 raise BarberError(f"{path}: {key} must hold options, not {value!r}")
-        for key, options in (("prune", PruneConfig), ("perplexity", PerplexityConfig), ("zero_shot", ZeroShotConfig)):
+        for key, options in CONFIGS.items():
             _check_names(path, key, content.get(key, {}), options)
         for group in content.get("sweep", []):
             _check_names(path, "sweep", group, PruneConfig)

@@ -197,6 +197,7 @@ def grid_file(tmp_path):
         ("sweep: [{refine: [], rebuild: false}]", "an option with an empty list makes no run"),
         ("perplexity: {lenght: 3}", "perplexity: unknown option 'lenght'"),
         ("prune: 3", "prune must hold options"),
+        ("recover: {teacher: a}", "recover: unknown option 'teacher'"),
         ("dense: perhaps", "dense must be true or false"),
         ("a: [", "not YAML"),
         ("- a", "must hold the keys"),
