@@ -49,10 +49,9 @@ GEMMA2 = DEFAULTS | {
     "max_position_embeddings": 8192,
     "final_logit_softcapping": 30.0,
     "attn_logit_softcapping": 50.0,
+    "sliding_window_pattern": 2,
 }
 GEMMA3 = DEFAULTS | {"vocab_size": 262208, "max_position_embeddings": 131072, "sliding_window_pattern": 6}
-GEMMA2_PATTERN = 2
-"""Gemma 2: every second block attends to all positions."""
 THETA = {SLIDING: ("rope_local_base_freq", 1e4), FULL: ("rope_theta", 1e6)}
 """Gemma 3: the older entry for each kind's rotary base, and its default."""
 
@@ -184,9 +183,10 @@ def build_gemma2(raw: dict, dtype) -> Model:
     Raises:
         BarberError: an entry of config.json is missing, contradictory or not supported; the message names it.
     """
-    raw = {**GEMMA2, **raw}
-    kind = _kinds(raw, GEMMA2_PATTERN)
-    ropes = dict.fromkeys(_used(kind, raw), Rope.from_hf(raw))
+    # Unlike Gemma 3's, its pattern is no entry of config.json.
+    raw = {**GEMMA2, **raw, "sliding_window_pattern": GEMMA2["sliding_window_pattern"]}
+    kind, positions = _kinds(raw), HFConfig(raw).size("max_position_embeddings")
+    ropes = dict.fromkeys(_used(kind, raw), Rope.from_hf({**raw, "max_position_embeddings": positions}))
     return _model("gemma2", _read_config(raw, False, ropes), kind, "model.", dtype)
 
 
@@ -210,15 +210,16 @@ def build_gemma3(raw: dict, dtype) -> Model:
 
 def _gemma3(model_type: str, raw: dict, prefix: str, dtype) -> Model:
     raw = {**GEMMA3, **raw}
-    kind = _kinds(raw, HFConfig(raw).size("sliding_window_pattern"))
+    kind = _kinds(raw)
     ropes = {each: _rope(raw, each) for each in _used(kind, raw)}
     return _model(model_type, _read_config(raw, True, ropes), kind, prefix, dtype)
 
 
-def _kinds(raw: dict, pattern: int) -> Callable[[int], str]:
-    """Index of a block -> its kind: as `layer_types` says or, without, every `pattern`th attends to all positions."""
+def _kinds(raw: dict) -> Callable[[int], str]:
+    """Index of a block -> its kind: as `layer_types` says or, without, every nth attends to all positions."""
     given, layers = raw.get("layer_types"), HFConfig(raw).size("num_hidden_layers")
     if given is None:
+        pattern = HFConfig(raw).size("sliding_window_pattern")
         return lambda index: SLIDING if (index + 1) % pattern else FULL
     if not isinstance(given, list) or len(given) != layers or not all(each in (SLIDING, FULL) for each in given):
         raise BarberError(f"config.json: layer_types must be a list of {layers} kinds, each {SLIDING} or {FULL}")
@@ -248,7 +249,8 @@ def _rope(raw: dict, kind: str) -> Rope:
     given = {**(given or {}), **((scaling or {}) if kind == FULL else {})}
     key, default = THETA[kind]
     given.setdefault("rope_theta", raw.get(key, default))
-    return Rope.from_hf({"rope_parameters": given, "max_position_embeddings": raw["max_position_embeddings"]})
+    positions = HFConfig(raw).size("max_position_embeddings")
+    return Rope.from_hf({"rope_parameters": given, "max_position_embeddings": positions})
 
 
 def _read_config(raw: dict, qk_norm: bool, ropes: dict[str, Rope]) -> GemmaConfig:

@@ -119,6 +119,8 @@ def test_absent_entries_mean_what_transformers_takes_them_for(family, tmp_path):
         ("gemma3_text", {"layer_types": [SLIDING, "chunked_attention"]}, "layer_types must be a list of 2"),
         ("gemma3_text", {"layer_types": None, "sliding_window_pattern": 0}, "sliding_window_pattern"),
         ("gemma3_text", {"sliding_window": None}, "sliding_window"),
+        ("gemma3_text", {"max_position_embeddings": "64"}, "max_position_embeddings"),
+        ("gemma2", {"max_position_embeddings": [64]}, "max_position_embeddings"),
         ("gemma3_text", {"rope_parameters": {"rope_type": "default"}}, "rope_parameters of gemma3"),
         ("gemma3_text", {"rope_parameters": {FULL: 3}}, f"{FULL} must be an object"),
         ("gemma3_text", {"rope_parameters": {FULL: {"rope_type": "dynamic"}}}, "dynamic"),
