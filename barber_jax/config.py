@@ -26,6 +26,7 @@ from barber_jax.forward.perplexity import EvaluationOptions
 from barber_jax.masks.pattern import PatternOptions, SparsityPattern
 from barber_jax.stages import unused_options, validates
 from barber_jax.stages.base import SharedOptions
+from barber_jax.stages.least_squares import LeastSquaresOptions
 from barber_jax.stages.rebuild import RebuildOptions
 from barber_jax.stages.reconstruct import ReconstructOptions
 from barber_jax.stages.refine import RefineOptions
@@ -88,7 +89,7 @@ class StartingMaskOptions(GblmOptions, StartOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BeyondOptions(SharedOptions, ReconstructOptions, RefineOptions):
+class BeyondOptions(SharedOptions, ReconstructOptions, LeastSquaresOptions, RefineOptions):
     """Stages beyond the paper: mask refinement and weight reconstruction."""
 
     def settle(self) -> None:

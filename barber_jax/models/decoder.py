@@ -41,11 +41,13 @@ class SubBlock:
         linears: (linear, input) pairs in the order of their flat indices in a `block` comparison group. `linear` is
             the path of the Flax module inside the block; linears that read the same activation share `input`.
         norms: names of the norms in the block that only this sub-block uses, before it and behind it.
+        ends_in_linear: whether its output is that of its last linear; otherwise a norm follows.
     """
 
     name: str
     linears: tuple[tuple[str, str], ...]
     norms: tuple[str, ...] = ()
+    ends_in_linear: bool = True
 
     @property
     def kernels(self) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ NORMS = {
     "mlp": ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
 }
 """The norms before and behind each sub-block."""
-SUB_BLOCKS = tuple(replace(sub, norms=NORMS[sub.name]) for sub in llama.SUB_BLOCKS)
+SUB_BLOCKS = tuple(replace(sub, norms=NORMS[sub.name], ends_in_linear=False) for sub in llama.SUB_BLOCKS)
 
 DEFAULTS = {
     "hidden_size": 2304,

@@ -149,6 +149,8 @@ def _method(options: Mapping[str, Any]) -> str:
         steps.append(f"rebuilt within {options['granularity']} with alpha {options['alpha']}")
     if options["refine"]:
         steps.append(f"refined by up to {options['refine']} swaps per output")
+    if options.get("least_squares"):
+        steps.append("kept weights of each linear solved for by least squares")
     if options["reconstruct"]:
         steps.append(f"kept weights trained for {options['reconstruct']} steps per sub-block")
     written, text = split_source(str(options.get("calibration", "")))

@@ -100,6 +100,7 @@ def description(record: dict) -> str:
         words.append("not rebuilt")
     for option, what in (
         ("refine", "refined by up to {} swaps per output"),
+        ("least_squares", "solved for by least squares in {} steps"),
         ("reconstruct", "reconstructed in {} steps"),
     ):
         if options.get(option):

@@ -9,6 +9,7 @@ May import: console, masks, models, data, convert, devices, forward, criteria.
 | `sub_block` | one sub-block through all its stages |
 | `rebuild`, `gradients`, `outliers` | LLM-Barber: score, swaps; gradient importance; where outliers are pruned |
 | `refine`, `exact_swaps`, `layerwise` | better masks: the stage; swaps by exact gain; Gram matrices |
+| `least_squares` | better weights, quickly: the stage; conjugate gradients on Gram matrices |
 | `reconstruct`, `training` | better weights: the stage; Adam on the surviving weights |
 | `loss`, `targets`, `weights` | reconstruction loss; target of a sub-block; masks and weights between stages |
 """

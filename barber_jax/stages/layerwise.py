@@ -25,7 +25,6 @@ def inputs(sub: SubBlock) -> dict[str, tuple[str, ...]]:
     return readers
 
 
-@partial(jax.jit, static_argnames=("definition", "sub", "entering", "weighting"))
 def gram(
     definition: BlockDefinition,
     sub: SubBlock,
@@ -37,8 +36,27 @@ def gram(
     weighting: TokenWeighting,
     given: jax.Array | None = None,
 ) -> jax.Array:
+    """The first of `equations`, float32 [I, I]."""
+    arguments = (definition, sub, entering, parameters, masks, stream, target, weighting, given)
+    return equations(*arguments, lacking=False)[0]
+
+
+@partial(jax.jit, static_argnames=("definition", "sub", "entering", "weighting", "lacking"))
+def equations(
+    definition: BlockDefinition,
+    sub: SubBlock,
+    entering: str,
+    parameters: Parameters,
+    masks: dict[str, jax.Array],
+    stream: jax.Array,
+    target: jax.Array,
+    weighting: TokenWeighting,
+    given: jax.Array | None = None,
+    *,
+    lacking: bool,
+) -> tuple[jax.Array, jax.Array | None]:
     """Gram matrix of an input of a sub-block's linears over a chunk of stream B, tokens weighted by
-    `loss.token_weights`, or as given.
+    `loss.token_weights`, or as given; and the product of the input with what the sub-block's output lacks.
 
     Args:
         entering: name of the input.
@@ -46,24 +64,30 @@ def gram(
         masks: kernel path -> bool [out, in], of the sub-block.
         stream, target: [M, B, L, D].
         given: float32 [M, B, L], weight of each token instead of those by `weighting`.
+        lacking: whether the product is wanted.
 
     Returns:
-        float32 [I, I].
+        X^T X, float32 [I, I]; and X^T (target - output), float32 [I, D], or None.
     """
     block = definition.bind(sparsify(parameters, masks))
 
-    def micro_batch(total: jax.Array, pieces: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+    def micro_batch(total: tuple, pieces: tuple[jax.Array, ...]) -> tuple[tuple, None]:
         hidden, wanted, *own = (constrain(each, DATA) for each in pieces)
         seen = {}
-        block.apply(sub.name, block.enter(sub.name, hidden), seen.__setitem__)
+        y = block.apply(sub.name, block.enter(sub.name, hidden), seen.__setitem__)
         flat = seen[entering].reshape(-1, seen[entering].shape[-1]).astype(jnp.float32)
         weights = own[0] if own else token_weights(block, hidden, wanted, weighting)
         left = flat if weights is None else flat * weights.reshape(-1, 1)
-        return constrain(total + jnp.matmul(left.T, flat, precision=lax.Precision.HIGHEST)), None
+        rest = (wanted.astype(jnp.float32) - y.astype(jnp.float32)).reshape(-1, y.shape[-1])
+        others = (flat, rest) if lacking else (flat,)
+        products = (jnp.matmul(left.T, other, precision=lax.Precision.HIGHEST) for other in others)
+        return tuple(constrain(sum_ + product) for sum_, product in zip(total, products, strict=True)), None
 
     size = dict(definition.shapes)[inputs(sub)[entering][0]][0]
+    widths = (size, target.shape[-1]) if lacking else (size,)
     pieces = (stream, target) if given is None else (stream, target, given)
-    return lax.scan(micro_batch, jnp.zeros((size, size), jnp.float32), pieces)[0]
+    sums = lax.scan(micro_batch, tuple(jnp.zeros((size, width), jnp.float32) for width in widths), pieces)[0]
+    return sums if lacking else (*sums, None)
 
 
 @jax.jit

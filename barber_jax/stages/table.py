@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 
-from barber_jax.stages import rebuild, reconstruct, refine
+from barber_jax.stages import least_squares, rebuild, reconstruct, refine
 from barber_jax.stages.base import SharedOptions, Stage
 
 STAGES: Mapping[str, Stage] = {
     "rebuild": rebuild.STAGE,
     "refine": refine.STAGE,
+    "least squares": least_squares.STAGE,
     "reconstruct": reconstruct.STAGE,
 }
 
@@ -38,7 +39,7 @@ def unused_options(options: SharedOptions) -> dict[str, str]:
         option: stage.switch for stage in STAGES.values() if not stage.enabled(options) for option in stage.options
     }
     if not validates(options):
-        unused["target"] = "--alpha auto, --refine or --reconstruct"
+        unused["target"] = "--alpha auto, --refine, --least-squares or --reconstruct"
     if not enabled_stages(options):
-        unused["rounds"] = "a rebuild, --refine or --reconstruct"
+        unused["rounds"] = "a rebuild, --refine, --least-squares or --reconstruct"
     return unused
