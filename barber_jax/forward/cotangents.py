@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from barber_jax.forward.passes import Parameters
-from barber_jax.forward.perplexity import head_positions
+from barber_jax.forward.passes import Parameters, head_positions
 from barber_jax.models.decoder import Block, BlockDefinition, Definition
 from barber_jax.models.sharding import DATA, constrain, data_axis_size, kernel_axes
 

@@ -19,10 +19,31 @@ from barber_jax.models.sharding import DATA, constrain
 
 Parameters = dict[str, jax.Array]
 
+HEAD_TOKENS = 256
+"""Tokens for which logits are computed at a time, at most: of all of them they would take much memory."""
+HEAD_LOGITS = 1 << 25
+"""Logits that are computed at a time, at most: 128 MB in float32; softmax takes as much again, more than once."""
+
 
 def default_batch(length: int) -> int:
     """Default number of samples in a micro-batch: 8, or on CPU about 1024 tokens so that they stay in its caches."""
     return min(8, max(1, 1024 // length)) if jax.default_backend() == "cpu" else 8
+
+
+def head_tokens(definition: Definition) -> int:
+    """Tokens for which a head computes logits at a time: HEAD_TOKENS, or a smaller power of two for HEAD_LOGITS."""
+    vocabulary = dict(definition.shapes)["lm_head.kernel"][1]
+    return min(HEAD_TOKENS, 1 << max(0, (HEAD_LOGITS // vocabulary).bit_length() - 1))
+
+
+def head_positions(definition: Definition, batch: int, length: int) -> int:
+    """Positions of a micro-batch for which a head computes logits at a time.
+
+    Args:
+        definition: of the head.
+        batch, length: number of sequences, and of each one's tokens.
+    """
+    return max(1, min(head_tokens(definition) // batch, length))
 
 
 def micro_batches(ids: np.ndarray, batch: int, multiple: int = 1, held_out: int = 0) -> np.ndarray:

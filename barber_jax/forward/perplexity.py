@@ -23,15 +23,10 @@ from barber_jax.convert.checkpoint import Checkpoint
 from barber_jax.data.begin import BeginToken
 from barber_jax.devices.mesh import Devices
 from barber_jax.forward.dense import final_hidden, read_replicated
-from barber_jax.forward.passes import Parameters, default_batch
+from barber_jax.forward.passes import Parameters, default_batch, head_positions
 from barber_jax.models.decoder import Definition
 from barber_jax.models.family import Model
 from barber_jax.models.sharding import DATA, constrain
-
-HEAD_TOKENS = 256
-"""Tokens for which logits are computed at a time, at most: of all of them they would take much memory."""
-HEAD_LOGITS = 1 << 25
-"""Logits that are computed at a time, at most: 128 MB in float32; softmax takes as much again, more than once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,18 +50,6 @@ class EvaluationOptions(OptionGroup):
             raise BarberError("--eval-text and --eval-dataset: give one of them")
         if self.eval_windows is not None and not (self.eval_text or self.eval_dataset):
             raise BarberError("--eval-windows needs --eval-text or --eval-dataset")
-
-
-def head_positions(definition: Definition, batch: int, length: int) -> int:
-    """Positions of a micro-batch for which logits are computed at a time.
-
-    Args:
-        definition: of the head.
-        batch, length: number of sequences, and of each one's tokens.
-    """
-    vocabulary = dict(definition.shapes)["lm_head.kernel"][1]
-    step = max(1, min(HEAD_TOKENS, HEAD_LOGITS // vocabulary) // batch)
-    return min(step, length)
 
 
 @partial(jax.jit, static_argnames="definition")

@@ -18,13 +18,10 @@ from barber_jax.convert.parameters import read_parameters, read_stacked
 from barber_jax.devices.mesh import Devices
 from barber_jax.forward import generation
 from barber_jax.forward.generation import KVCache, Network, RunBlock, Sampling
-from barber_jax.forward.passes import Parameters, not_finite
+from barber_jax.forward.passes import HEAD_TOKENS, Parameters, head_tokens, not_finite
 from barber_jax.models.decoder import BlockDefinition, BlockStack, Definition
 from barber_jax.models.family import Model
 from barber_jax.models.sharding import DATA, constrain, parameter_axes
-
-HEAD_POSITIONS = 256
-"""Positions for which logits are computed at a time: over a large vocabulary all of them would take much memory."""
 
 
 def stacked_blocks(checkpoint: Checkpoint, model: Model, devices: Devices) -> Parameters:
@@ -62,7 +59,7 @@ def _log_likelihoods(
 
     Args:
         hidden: [B, L, D] hidden states after the last block.
-        rows, positions, targets: int32 [N]; N is a multiple of HEAD_POSITIONS, or below it.
+        rows, positions, targets: int32 [N]; N is a multiple of HEAD_TOKENS, or a power of two below it.
 
     Returns:
         float32 [N] and bool [N].
@@ -74,7 +71,7 @@ def _log_likelihoods(
         chosen = jnp.take_along_axis(logits, piece[1][:, None], axis=1)[:, 0]
         return chosen - jax.nn.logsumexp(logits, axis=1), jnp.argmax(logits, axis=1) == piece[1]
 
-    step = min(HEAD_POSITIONS, len(rows))
+    step = min(head_tokens(head), len(rows))
     states = hidden[rows, positions].reshape(-1, step, hidden.shape[-1])
     log_probabilities, greedy = lax.map(part, (states, targets.reshape(-1, step)))
     return constrain(log_probabilities.reshape(-1)), constrain(greedy.reshape(-1))
@@ -145,8 +142,8 @@ class ResidentModel:
         embed_parameters, stacked, head_parameters = self._parameters
         count = len(rows)
         # Pad to a power of two, or to whole steps of the head, so that only a few shapes are compiled.
-        steps = -(-count // HEAD_POSITIONS)
-        size = 1 << max(4, (count - 1).bit_length()) if count < HEAD_POSITIONS else steps * HEAD_POSITIONS
+        steps = -(-count // HEAD_TOKENS)
+        size = 1 << max(4, (count - 1).bit_length()) if count < HEAD_TOKENS else steps * HEAD_TOKENS
         padded = [np.pad(np.asarray(values, np.int32), (0, size - count)) for values in (rows, positions, targets)]
         with self._devices.context():
             hidden = _hidden_states(embed, blocks, embed_parameters, stacked, self._devices.put(ids, DATA))
