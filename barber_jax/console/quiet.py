@@ -1,6 +1,7 @@
 """Keep what libraries write by themselves from standing beside an error's one line, or among results."""
 
 import contextlib
+import inspect
 import logging
 import os
 import sys
@@ -61,19 +62,21 @@ def ignore_lost_tasks() -> None:
 
     Orbax reads and writes many arrays at a time. When one of them fails, it raises that error and leaves the others.
     """
-    if not isinstance(sys.unraisablehook, _WithoutClosedLoops):
-        sys.unraisablehook = _WithoutClosedLoops(sys.unraisablehook)
+    if not isinstance(sys.unraisablehook, _WithoutLostTasks):
+        sys.unraisablehook = _WithoutLostTasks(sys.unraisablehook)
     logger = logging.getLogger("asyncio")
     if _is_heard not in logger.filters:
         logger.addFilter(_is_heard)
 
 
-class _WithoutClosedLoops:
+class _WithoutLostTasks:
     def __init__(self, before: Callable[[Any], object]):
         self._before = before
 
     def __call__(self, unraisable: Any) -> None:
-        if not (issubclass(unraisable.exc_type, RuntimeError) and "loop is closed" in str(unraisable.exc_value)):
+        # A coroutine that nobody waits for is closed when it is collected, and may make an error of its own of that.
+        closed_loop = issubclass(unraisable.exc_type, RuntimeError) and "loop is closed" in str(unraisable.exc_value)
+        if not (closed_loop or inspect.iscoroutine(unraisable.object)):
             self._before(unraisable)
 
 
