@@ -10,6 +10,7 @@ from barber_jax.models.decoder import SubBlock
 from barber_jax.models.family import Model
 from barber_jax.stages import held_out_samples
 from barber_jax.stages.layerwise import inputs
+from barber_jax.stages.least_squares import DAMPINGS
 from barber_jax.stages.rebuild import ALPHAS
 from barber_jax.stages.reconstruct import VALIDATIONS
 from barber_jax.stages.refine import SHRINKAGES
@@ -132,7 +133,7 @@ def stage_operations(model: Model, sub: SubBlock, config: PruneConfig) -> dict[s
         counts["refine"] = config.rounds * (refine_operations(model, sub, config) + 2 * validation)
     if config.least_squares:
         solving = least_squares_operations(model, sub, config, training)
-        counts["least squares"] = config.rounds * (solving + 2 * len(inputs(sub)) * validation)
+        counts["least squares"] = config.rounds * (solving + (1 + len(DAMPINGS)) * len(inputs(sub)) * validation)
     if config.reconstruct:
         samples = config.reconstruct * config.reconstruct_batch
         # As for the rebuild, but with one forward pass instead of two.
@@ -162,17 +163,18 @@ def least_squares_operations(model: Model, sub: SubBlock, config: PruneConfig, s
     """Operations of one round of `--least-squares` on a sub-block, without validation losses.
 
     Each distinct input needs a forward pass and a Gram matrix, the last one also the product with what the output
-    lacks; each kernel needs a product with the Gram matrix in every step, and all but the last one more before them.
+    lacks; each kernel needs, for every damping, a product with the Gram matrix in each step, and all but the last
+    kernel one more before them.
     """
     shapes, tokens = dict(model.block().shapes), samples * config.length
     *_, last = sub.kernels
     sizes = [shapes[paths[0]][0] for paths in inputs(sub).values()]
     grams = sum(2 * tokens * size**2 for size in sizes)
     forwards = len(sizes) * forward_operations(model, sub, samples, config.length)
-    products = {path: config.least_squares + 1 for path in sub.kernels}
+    products = {path: len(DAMPINGS) * (config.least_squares + 1) for path in sub.kernels}
     lacking = 0
     if sub.ends_in_linear:
-        products[last] -= 1
+        products[last] -= len(DAMPINGS)
         lacking = 2 * tokens * shapes[last][0] * model.hidden
     solving = sum(count * 2 * shapes[path][0] ** 2 * shapes[path][1] for path, count in products.items())
     return forwards + grams + lacking + solving

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from stage_contract import StageContract
 
-from barber_jax.stages.least_squares import DAMPING, solve
+from barber_jax.stages.least_squares import solve
 
-INPUTS, OUTPUTS = 12, 5
+INPUTS, OUTPUTS, DAMPING = 12, 5, 0.01
 
 
 class TestLeastSquares(StageContract):
@@ -43,7 +43,7 @@ def solved(kernel, dense, mask, rows, missing, steps):
     arguments = (np.float32(each) for each in (kernel, dense))
     missing = None if missing is None else jnp.float32(missing)
     gram = jnp.float32(rows.T @ rows)
-    return np.asarray(solve(*arguments, mask, gram, missing, jnp.int32(steps), (None, None)))
+    return np.asarray(solve(*arguments, mask, gram, missing, jnp.float32(DAMPING), jnp.int32(steps), (None, None)))
 
 
 def test_the_dense_output_is_approximated_as_well_as_it_can_be(problem):
