@@ -17,7 +17,7 @@ from barber_jax.console.errors import BarberError, exit_with_one_line
 from barber_jax.console.files import expand
 from barber_jax.console.outputs import output_file, write_whole
 from barber_jax.console.progress import Progress
-from barber_jax.console.structure import fields, items, number, text
+from barber_jax.console.structure import fields, integer, items, number, text
 from barber_jax.convert.checkpoint import open_checkpoint
 from barber_jax.convert.parameters import check_tensors
 from barber_jax.data.begin import BeginToken, begin_id, settled
@@ -126,7 +126,13 @@ def run(arguments: list[str] | None = None) -> None:
         print(f"{name}perplexity {result['perplexity']:.4f} ({result['windows']} windows of {result['length']} tokens)")
 
 
-_RESULTS = items(fields({"source": text, "perplexity": number(0, 1e308, finite=False)}), least=1)
+_RESULTS = items(
+    fields(
+        {"source": text, "perplexity": number(0, 1e308, finite=False)},
+        {"windows": integer(1), "length": integer(1)},
+    ),
+    least=1,
+)
 """Structure of the results in a file."""
 
 

@@ -100,7 +100,9 @@ def read_model(path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_config(family, tmp_path, attack):
-    write_model(tmp_path / "model", family, **SMALL)
+    # Gemma's entry for each block.
+    kinds = {"layer_types": ["sliding_attention"]} if "layer_types" in FAMILIES[family][2] else {}
+    write_model(tmp_path / "model", family, **SMALL, **kinds)
     attack(files_of(tmp_path / "model"), read_model, 400, ["config.json"])
 
 

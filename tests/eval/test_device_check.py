@@ -165,7 +165,7 @@ def test_agreement_of_masks():
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
 def test_masks_of_the_packaged_model_are_those_recorded(tmp_path):
-    found = device_masks.compare(device_masks.MasksConfig(json=tmp_path / "masks.json"))
+    found = device_masks.compare(device_masks.MasksConfig(json=tmp_path / "masks.json"), tmp_path / "masks.json")
     assert found["settings"].keys() == device_masks.SETTINGS.keys()
     for setting, entry in found["settings"].items():
         assert entry["agreement"] > 0.999, setting
