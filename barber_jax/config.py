@@ -182,7 +182,9 @@ class PruneConfig(
             self._check_allocation()
         self._refuse_unused()
         if self.validates and self.samples < 2:
-            raise BarberError("--samples 1: --alpha auto, --refine and --reconstruct hold samples out; use at least 2")
+            raise BarberError(
+                "--samples 1: samples are held out for --alpha auto and the stages beyond the paper; use at least 2"
+            )
 
     def _settle_start(self) -> None:
         given = "--masks" if self.masks else "--sparse-ckpt"

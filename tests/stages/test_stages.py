@@ -341,7 +341,7 @@ def _by_magnitude(weight):
         (["--alpha", "1.5"], r"--alpha 1.5 is outside \[0, 1\]"),
         (["--token-weighting", "rms"], "token-weighting"),
         (["--target", "sparse"], "target"),
-        (["--alpha", "auto", "--samples", "1"], "hold samples out; use at least 2"),
+        (["--alpha", "auto", "--samples", "1"], "samples are held out for --alpha auto"),
     ],
 )
 def test_bad_options(options, complaint, inputs, tmp_path):
