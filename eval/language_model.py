@@ -243,8 +243,7 @@ class BarberLM(TemplateLM):
         def stop(tokens: np.ndarray) -> bool:
             return all(finished for _, finished in decode(tokens))
 
-        rounded = -(-new_tokens // STOP_CHECK_INTERVAL) * STOP_CHECK_INTERVAL
-        tokens = self._model.generate(ids, lengths, rounded, STOP_CHECK_INTERVAL, stop)
+        tokens = self._model.generate(ids, lengths, new_tokens, STOP_CHECK_INTERVAL, stop)
         return [postprocess_generated_text(text, list(until), None) for text, _ in decode(tokens)]
 
     def _batches(

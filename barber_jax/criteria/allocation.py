@@ -31,8 +31,7 @@ class AllocationOptions(OptionGroup):
     """Allocation of sparsity to blocks."""
 
     allocate: Literal["uniform", "owl", "slope"] = "uniform"
-    """Sparsity of each block: uniform; owl = lower where the dense model has more outliers; slope = rising by
-    --slope-beta from block to block."""
+    """Sparsity of each block: uniform, owl = lower where there are more outliers, slope = rising with depth."""
     owl_lambda: float | None = None
     """With owl: how far, approximately, a block's sparsity may differ from --sparsity. Default 0.08."""
     owl_m: float | None = None

@@ -167,13 +167,13 @@ class ResidentModel:
         Args:
             ids: int32 [B, L] prompts, padded on the right; B is a multiple of the mesh's `data`.
             lengths: int32 [B], lengths of the prompts without padding.
-            tokens: maximum number of tokens to generate, a multiple of `steps`.
+            tokens: maximum number of tokens to generate.
             steps: tokens generated between two calls of `stop`.
             stop: called with the tokens generated so far, int32 [B, n]; generation ends when it returns True.
             sampling: how tokens are drawn; None for the most likely one each time.
 
         Returns:
-            Generated tokens int32 [B, n], n a multiple of `steps`.
+            Generated tokens int32 [B, n], n a multiple of `steps`; those after the first `tokens` mean nothing.
         """
         model, put = (self._definitions, self._parameters), self._devices.put
         prompts = (put(ids, DATA), put(np.asarray(lengths, np.int32), DATA))

@@ -87,8 +87,7 @@ class TrainingOptions(OptionGroup):
     rank: int | None = None
     """Rank of the factors of --scope lora. Default 16."""
     remat: Literal["auto", "all", "light", "none"] = "auto"
-    """What of a block is recomputed in the backward pass (gradient checkpointing): all (least memory), light (all but
-    matrix products), or none. Default: by size and device."""
+    """What of a block is recomputed in the backward pass: all = least memory, light = all but matrix products, none."""
 
     def settle(self) -> None:
         self._require_least(1, "tokens", "steps", "batch", "micro_batch", "rank")

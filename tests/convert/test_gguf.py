@@ -411,7 +411,7 @@ def test_truncation_anywhere_is_refused(model):
 def test_file_cut_short_after_opening(model):
     checkpoint = GGUFCheckpoint(model)
     model.write_bytes(model.read_bytes()[:-5000])
-    with pytest.raises(BarberError, match=r"model\.gguf: the file is cut short in tensor blk\.1\."):
+    with pytest.raises(BarberError, match=r"model\.gguf: changed, replaced or removed while it was read"):
         for name in checkpoint.names():
             checkpoint.read(name)
 

@@ -15,7 +15,7 @@ from recovered import recover_json
 
 from barber_jax.eval import device_page
 from barber_jax.eval.agreement import Overlap
-from barber_jax.eval.runs import Run
+from barber_jax.eval.runs import Run, Windows
 from barber_jax.eval.study_page import page_parts
 from barber_jax.eval.tables import agreement_table, markdown, runs_table, seeds_table
 from barber_jax.reports import markup, recover_page
@@ -101,7 +101,10 @@ def study_parts(word, reason):
     other["options"]["seed"], other["options"]["pattern"] = 1, "plain"
     third = json.loads(json.dumps(other))
     third["options"]["seed"] = 2
-    runs = [Run(word, None, each, {word: 9.5}, {word: 0.5, "mean": 0.5}, 3) for each in (content, other, third)]
+    runs = [
+        Run(word, None, each, {Windows(word, word, word): 9.5}, {word: 0.5, "mean": 0.5}, 3)
+        for each in (content, other, third)
+    ]
     for run, suffix in zip(runs, "abc", strict=True):
         run.name += suffix
     overlap = Overlap({word: 1}, {word: 2})
