@@ -5,14 +5,17 @@ error of an output whose dense weights d became v is (v - d)^T G (v - d).
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from barber_jax.forward.passes import Parameters, sparsify
+from barber_jax.forward.streams import Stream
 from barber_jax.models.decoder import BlockDefinition, SubBlock
 from barber_jax.models.sharding import DATA, constrain
+from barber_jax.stages.base import Work
 from barber_jax.stages.exact_swaps import errors
 from barber_jax.stages.loss import TokenWeighting, token_weights
 
@@ -25,19 +28,8 @@ def inputs(sub: SubBlock) -> dict[str, tuple[str, ...]]:
     return readers
 
 
-def gram(
-    definition: BlockDefinition,
-    sub: SubBlock,
-    entering: str,
-    parameters: Parameters,
-    masks: dict[str, jax.Array],
-    stream: jax.Array,
-    target: jax.Array,
-    weighting: TokenWeighting,
-    given: jax.Array | None = None,
-) -> jax.Array:
-    """The first of `equations`, float32 [I, I]."""
-    arguments = (definition, sub, entering, parameters, masks, stream, target, weighting, given)
+def gram(*arguments: Any) -> jax.Array:
+    """The Gram matrix of `equations` alone, float32 [I, I]; arguments as there."""
     return equations(*arguments, lacking=False)[0]
 
 
@@ -88,6 +80,25 @@ def equations(
     pieces = (stream, target) if given is None else (stream, target, given)
     sums = lax.scan(micro_batch, tuple(jnp.zeros((size, width), jnp.float32) for width in widths), pieces)[0]
     return sums if lacking else (*sums, None)
+
+
+def summed(
+    work: Work, entering: str, part: slice, given: Stream | None = None, *, lacking: bool = False
+) -> tuple[jax.Array, jax.Array | None]:
+    """`equations` of a sub-block on its way through the stages, summed over some chunks of its streams.
+
+    Args:
+        part: of the chunks.
+        given: float32 stream [M, B, L], weights of the tokens instead of those by `--token-weighting`.
+    """
+    total, parameters = None, work.parameters
+    chunks, targets = work.streams.rebuilt.part(part), work.target.part(part)
+    weights = given.part(part) if given else [None] * len(chunks)
+    for chunk, wanted, own in zip(chunks, targets, weights, strict=True):
+        arguments = (work.definition, work.sub, entering, parameters, work.masks, chunk, wanted)
+        found = equations(*arguments, work.options.token_weighting, own, lacking=lacking)
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
+    return total
 
 
 @jax.jit

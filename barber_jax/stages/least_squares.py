@@ -64,7 +64,7 @@ class LeastSquares(Stage):
     def _solve(self, work: Work, entering: str, paths: tuple[str, ...]) -> float | None:
         """Solve for the kernels that read an input; returns the damping that helped most, None if none did."""
         last = work.sub.ends_in_linear and f"{work.sub.linears[-1][0]}.kernel" in paths
-        gram, missing = self._equations(work, entering, last)
+        gram, missing = layerwise.summed(work, entering, work.streams.training, lacking=last)
         least, best, updated = work.validation_loss(), None, work.updated
         chosen = updated
         for damping in DAMPINGS:
@@ -86,15 +86,6 @@ class LeastSquares(Stage):
                 least, best, chosen = loss, damping, work.updated
         work.updated = chosen
         return best
-
-    def _equations(self, work: Work, entering: str, last: bool) -> tuple[jax.Array, jax.Array | None]:
-        """Sums over the training samples: G, and for the last linear X^T (target - output)."""
-        total, parameters, part = None, work.parameters, work.streams.training
-        for chunk, wanted in zip(work.streams.rebuilt.part(part), work.target.part(part), strict=True):
-            arguments = (work.definition, work.sub, entering, parameters, work.masks, chunk, wanted)
-            found = layerwise.equations(*arguments, work.options.token_weighting, lacking=last)
-            total = found if total is None else jax.tree.map(jnp.add, total, found)
-        return total
 
 
 @partial(jax.jit, static_argnames="axes")

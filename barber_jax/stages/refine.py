@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from barber_jax.console.options import OptionGroup
-from barber_jax.forward.streams import Stream
 from barber_jax.stages import layerwise
 from barber_jax.stages.base import INT32_MAX, Stage, Work
 from barber_jax.stages.exact_swaps import make_swaps
@@ -104,8 +103,8 @@ class Refine(Stage):
             groups = [(entering, (path,)) for entering, kernels in groups for path in kernels]
         for entering, kernels in groups:
             given = work.token_weights.get(kernels[0])
-            training = self._gram(work, entering, work.streams.training, given)
-            validation = self._gram(work, entering, work.streams.validation, given)
+            training, _ = layerwise.summed(work, entering, work.streams.training, given)
+            validation, _ = layerwise.summed(work, entering, work.streams.validation, given)
             for path in kernels:
                 kernel = work.updated.get(path, work.dense[path])
                 best = refine_matrix(kernel, work.dense[path], work.masks[path], training, validation, limit, of=of)
@@ -115,17 +114,6 @@ class Refine(Stage):
         if not work.validation_loss() < before:
             work.masks, work.updated, chosen = masks, updated, dict.fromkeys(chosen)
         work.record.setdefault("shrinkage", []).append(chosen)
-
-    def _gram(self, work: Work, entering: str, part: slice, given: Stream | None) -> jax.Array:
-        """Gram matrix of an input over some of the chunks; `given` are weights of the tokens, if they are known."""
-        total, parameters = None, work.parameters
-        chunks, targets = work.streams.rebuilt.part(part), work.target.part(part)
-        weights = given.part(part) if given else [None] * len(chunks)
-        for chunk, wanted, own in zip(chunks, targets, weights, strict=True):
-            arguments = (work.definition, work.sub, entering, parameters, work.masks, chunk, wanted)
-            gram = layerwise.gram(*arguments, work.options.token_weighting, own)
-            total = gram if total is None else total + gram
-        return total
 
 
 STAGE = Refine()
