@@ -17,7 +17,7 @@ from flax import nnx
 
 from barber_jax.console.errors import BarberError
 from barber_jax.models import llama
-from barber_jax.models.attention import BlockKVCache, attend
+from barber_jax.models.attention import BlockKVCache
 from barber_jax.models.decoder import Block, GatedMLP, Head, Tap, linear
 from barber_jax.models.family import HFConfig, Model, Names
 from barber_jax.models.numbers import positive
@@ -105,8 +105,8 @@ class GemmaNorm(nnx.Module):
         return (normed * (1.0 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
 
 
-class GemmaAttention(nnx.Module):
-    """Causal self-attention with rotary positions and grouped queries, over a window or all positions."""
+class GemmaAttention(llama.LlamaAttention):
+    """LLaMA's attention with Gemma's norms, scale and bound of the scores, over a window or all positions."""
 
     def __init__(self, config: GemmaConfig, kind: str, dtype, rngs: nnx.Rngs):
         queries, keys = config.heads * config.head_size, config.kv_heads * config.head_size
@@ -119,19 +119,7 @@ class GemmaAttention(nnx.Module):
             self.k_norm = GemmaNorm(config.head_size, config.norm_epsilon)
         self.config, self.rope = config, dict(config.ropes)[kind]
         self.window = config.window if kind == SLIDING else None
-
-    def __call__(self, x: jax.Array, tap: Tap, cache: BlockKVCache | None = None) -> jax.Array:
-        config = self.config
-        heads = (*x.shape[:2], -1, config.head_size)
-        tap("self_attn.in", x)
-        q, k, v = (projection(x).reshape(heads) for projection in (self.q_proj, self.k_proj, self.v_proj))
-        if config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        position = None if cache is None else cache.position
-        q, k = self.rope.rotate(q, position), self.rope.rotate(k, position)
-        mixed = attend(q, k, v, config.scale, self.window, cache, config.attention_cap)
-        tap("self_attn.mid", mixed)
-        return self.o_proj(mixed)
+        self.scale, self.cap = config.scale, config.attention_cap
 
 
 class GemmaBlock(Block):

@@ -61,7 +61,11 @@ class LlamaConfig:
 
 
 class LlamaAttention(nnx.Module):
-    """Causal self-attention with rotary positions and grouped queries: H query heads share K key-value heads."""
+    """Causal self-attention with rotary positions and grouped queries: H query heads share K key-value heads.
+
+    A family with other norms of queries and keys, or another rotation, window, scale or bound of the scores, sets these
+    in a constructor of its own.
+    """
 
     def __init__(self, config: LlamaConfig, dtype, rngs: nnx.Rngs):
         queries, keys = config.heads * config.head_size, config.kv_heads * config.head_size
@@ -72,7 +76,8 @@ class LlamaAttention(nnx.Module):
         if config.qk_norm:
             self.q_norm = rms_norm(config.head_size, config.norm_epsilon, dtype, rngs)
             self.k_norm = rms_norm(config.head_size, config.norm_epsilon, dtype, rngs)
-        self.config = config
+        self.config, self.rope, self.window = config, config.rope, config.window
+        self.scale, self.cap = config.head_size**-0.5, None
 
     def __call__(self, x: jax.Array, tap: Tap, cache: BlockKVCache | None = None) -> jax.Array:
         config = self.config
@@ -82,8 +87,8 @@ class LlamaAttention(nnx.Module):
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         position = None if cache is None else cache.position
-        q, k = config.rope.rotate(q, position), config.rope.rotate(k, position)
-        mixed = attend(q, k, v, config.head_size**-0.5, config.window, cache)
+        q, k = self.rope.rotate(q, position), self.rope.rotate(k, position)
+        mixed = attend(q, k, v, self.scale, self.window, cache, self.cap)
         tap("self_attn.mid", mixed)
         return self.o_proj(mixed)
 

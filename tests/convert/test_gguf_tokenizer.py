@@ -153,9 +153,8 @@ def test_special_tokens_and_chat_template():
 # --- SentencePiece
 
 
-@pytest.fixture(scope="module")
-def pieces():
-    """A SentencePiece BPE model with llama's settings."""
+def sentencepiece_model(**settings):
+    """A small SentencePiece BPE model."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS),
@@ -169,8 +168,15 @@ def pieces():
         allow_whitespace_only_pieces=True,
         hard_vocab_limit=False,
         minloglevel=2,
+        **settings,
     )
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    """A SentencePiece BPE model with llama's settings."""
+    return sentencepiece_model()
 
 
 def sentencepiece_fields(pieces):
@@ -210,27 +216,15 @@ RUNS = ["▁▁", "▁▁▁", "\n", "\n\n", "\t\t", "<table>"]
 @pytest.mark.parametrize("stored", ["▁▁", "  "], ids=["as_sentencepiece_has_them", "as_converted_from_tokenizer_json"])
 def test_gemma_ids_and_text(stored, tmp_path):
     """Gemma's settings: nothing before the text, and runs of blanks that are pieces of the user's."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=420,
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="identity",
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        hard_vocab_limit=False,
-        user_defined_symbols=RUNS,
-        pad_id=0,
-        eos_id=1,
-        bos_id=2,
-        unk_id=3,
-        minloglevel=2,
-    )
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    given = {
+        "add_dummy_prefix": False,
+        "user_defined_symbols": RUNS,
+        "pad_id": 0,
+        "eos_id": 1,
+        "bos_id": 2,
+        "unk_id": 3,
+    }
+    pieces = sentencepiece_model(**given)
     fields = sentencepiece_fields(pieces)
     tokens = fields["tokenizer.ggml.tokens"]
     for run in RUNS:
