@@ -98,11 +98,12 @@ class Step:
     result: dict = field(default_factory=dict)
 
 
-def steps(shape: str, model: Path, ids: Path) -> Iterator[Step]:
+def steps(shape: str, model: Path, ids: Path, longest: float) -> Iterator[Step]:
     """All steps, those of most interest first.
 
     Args:
         model, ids: the random checkpoint and calibration ids.
+        longest: seconds that one step may take.
     """
     samples, length = SIZES[shape]
     prune = ("--ckpt", str(model), "--calibration", str(ids), "--samples", str(samples), "--length", str(length))
@@ -114,11 +115,12 @@ def steps(shape: str, model: Path, ids: Path) -> Iterator[Step]:
         return Step("masks", name, "device_masks", options, **more)
 
     only = {"accelerators_only": True}
-    yield Step("kernels", "alone", "device_kernels", ("--shape", shape, "--seconds", "75"))
-    yield speed("wanda + rebuild, bfloat16", *REBUILD, *BFLOAT16)
+    yield Step("kernels", "alone", "device_kernels", ("--shape", shape, "--seconds", f"{min(75, longest / 2):g}"))
     yield speed("wanda + rebuild, float32", *REBUILD)
     yield masks("float32", *FLOAT32)
     yield masks("bfloat16", *BFLOAT16)
+    # Slow on a CPU, where bfloat16 is computed in float32.
+    yield speed("wanda + rebuild, bfloat16", *REBUILD, *BFLOAT16)
     for precision in PRECISIONS[1:]:
         yield masks(f"float32, precision {precision}", "--matmul-precision", precision, **only)
     for precision in PRECISIONS[1:]:
@@ -195,14 +197,15 @@ def device_check(config: DeviceCheckConfig, say: Console) -> dict:
         shape = SHAPES[config.shape]
         synthetic.write(model, synthetic.Shape(**{**vars(shape), "blocks": BLOCKS}))
         np.save(ids, np.random.default_rng(0).integers(0, shape.vocabulary, SIZES[config.shape], np.int32))
-        planned = list(steps(config.shape, model, ids))
+        longest = 60 * config.minutes * LONGEST
+        planned = list(steps(config.shape, model, ids, longest))
         waiting = list(enumerate(planned))
         while waiting:
             platform = content["environment"].get("device", {}).get("platform")
             group = next_group(waiting, platform)
             for index, step in group:
                 step.log = config.out / f"step_{index:02d}.log"
-            left = min(deadline - time.monotonic(), 60 * config.minutes * LONGEST)
+            left = min(deadline - time.monotonic(), longest)
             run_group([step for _, step in group], left, platform, say)
             content |= summary(planned)
             write(content, config.out)
@@ -210,10 +213,11 @@ def device_check(config: DeviceCheckConfig, say: Console) -> dict:
 
 
 def next_group(waiting: list[tuple[int, Step]], platform: str | None) -> list[tuple[int, Step]]:
-    """Take the steps to run next, at the same time, off `waiting`: one, or all comparisons of masks that follow each
-    other, which are not timed. A TPU belongs to one process at a time."""
+    """Take the steps to run next, at the same time, off `waiting`: one, or on a GPU all comparisons of masks that
+    follow each other, which are not timed and mostly compile. A TPU belongs to one process at a time, and on a CPU
+    they would only slow each other down."""
     size = 1
-    if platform not in (None, "tpu"):
+    if platform not in (None, "tpu", "cpu"):
         while size < len(waiting) and waiting[0][1].part == waiting[size][1].part == "masks":
             size += 1
     group = waiting[:size]

@@ -2,8 +2,8 @@
 
     python -m barber_jax.eval.device_masks --json FILE [--compute-dtype bfloat16] [--matmul-precision high]
 
-The reference, made on a CPU in float32, lies in eval/reference/. `--record` makes it anew there: after a change of the
-masks that is meant.
+The reference, made on a CPU in float32, lies in eval/reference/. `--record` makes it anew there: after an intended
+change of the masks.
 """
 
 import json

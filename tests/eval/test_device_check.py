@@ -72,7 +72,7 @@ def test_comparisons_of_masks_share_the_device_but_not_a_tpu():
         return sizes
 
     assert groups("gpu") == [3, 1, 1]
-    assert groups("tpu") == groups(None) == [1, 1, 1, 1, 1]
+    assert groups("tpu") == groups("cpu") == groups(None) == [1, 1, 1, 1, 1]
 
 
 def test_time_that_is_up_and_steps_that_tell_nothing_on_a_cpu(monkeypatch, tmp_path):
