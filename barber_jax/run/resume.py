@@ -119,6 +119,6 @@ def _kept(state: RunState, layers: int) -> str:
 
 
 def refuse_unfinished(folder: Path) -> None:
-    """Raise `BarberError` if a folder holds blocks of a run, or its gradients, which a new one would replace."""
+    """Raise `BarberError` if a folder holds work of a run that a new one would replace."""
     if RunState.holds_work(folder):
         raise BarberError(f"{folder} holds an unfinished run; --resume continues it, --overwrite starts over")

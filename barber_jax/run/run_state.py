@@ -108,10 +108,10 @@ class RunState:
 
     @staticmethod
     def holds_work(folder: Path) -> bool:
-        """Whether the folder holds a run state with finished blocks, or with the dense model's gradients."""
+        """Whether the folder holds a run state with finished blocks, written samples or gradients of the model."""
         if not (folder / IDENTITY).is_file():
             return False
-        return any(_is_step(path) or path.name in SWEEPS for path in folder.iterdir())
+        return any(_is_step(path) or path.name in (CALIBRATION, *SWEEPS) for path in folder.iterdir())
 
     @property
     def holds_gradients(self) -> bool:
