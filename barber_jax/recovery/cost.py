@@ -6,8 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from barber_jax.forward.passes import HEAD_TOKENS
 from barber_jax.models.family import Model
-from barber_jax.recovery.objective import HEAD_TOKENS
 from barber_jax.recovery.program import Remat
 from barber_jax.recovery.training import Scope
 

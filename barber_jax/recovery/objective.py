@@ -11,12 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from barber_jax.forward.passes import Parameters
+from barber_jax.forward.passes import HEAD_TOKENS, Parameters
 from barber_jax.models.sharding import constrain
 from barber_jax.recovery.program import ALL, Program
-
-HEAD_TOKENS = 256
-"""Tokens of each device for which logits are computed at a time."""
 
 Metrics = dict[str, jax.Array]
 """`loss`, `kl` (0 without a teacher) and `cross_entropy` in nats, float32 scalars."""
