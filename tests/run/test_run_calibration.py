@@ -81,6 +81,8 @@ def test_samples_outlive_an_interruption_in_the_first_block(tiny, whole, tmp_pat
         patch.setattr(prune, "write_blocks", interrupt)
         run(tiny(), tmp_path / "out", "self")
     monkeypatch.setattr(calibration, "write_samples", refuse_to_write)
+    with pytest.raises(BarberError, match="holds an unfinished run; --resume continues it"):
+        run(tiny(), tmp_path / "out", "self")
     assert equal(run(tiny(), tmp_path / "out", "self", "--resume"), masks_of(whole))
 
 
